@@ -1,0 +1,1 @@
+"""Elastic pretraining of pathology foundation models, straight from slides in object storage."""

@@ -1,0 +1,1 @@
+"""The recipe: what a run is, decoded strictly and fingerprinted."""

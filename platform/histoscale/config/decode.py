@@ -1,0 +1,154 @@
+"""From YAML files and `--set a.b=c` to a recipe, with every problem of a file reported at once."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from histoscale.config.recipe import Recipe
+from histoscale.errors import RecipeError
+
+# The mapping to hardware is no part of the experiment: a run may resume with another one.
+_OUTSIDE_THE_FINGERPRINT = "cluster"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Recipe of a YAML file, with overrides such as `model.arch=vit_s14` applied.
+
+    Raises:
+        RecipeError: The file cannot be read, is no YAML mapping, or holds anything invalid; all problems at once.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise RecipeError(
+            f"recipe {path} cannot be read: {reason}",
+            expected="a YAML file",
+            remedy="see jobs/recipes for the ones that come with histoscale",
+        ) from error
+    return decode_recipe(parse_yaml(text, str(path)), overrides, source=str(path))
+
+
+def decode_recipe(values: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:
+    """Recipe of nested mappings; `source` names them in errors."""
+    merged = json.loads(json.dumps(values))
+    for override in overrides:
+        _apply_override(merged, override)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        problems = [_problem(details) for details in _leaves(error.errors())]
+        raise RecipeError(
+            f"{source} has {len(problems)} problem{'s' if len(problems) > 1 else ''}: " + "; ".join(problems)
+        ) from error
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds.
+
+    Raises:
+        RecipeError: It is no YAML, or no mapping.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source} is not valid YAML: {error}", expected="nested `field: value` lines") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"{source} is not a recipe", value=type(values).__name__, expected="nested `field: value` lines"
+        )
+    return values
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every field, defaults included."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """16 hex digits that name the experiment: every field but the mapping to hardware."""
+    content = recipe.model_dump(mode="json", exclude={_OUTSIDE_THE_FINGERPRINT})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(ours: Recipe, theirs: Recipe) -> list[str]:
+    """The fields of the experiment that differ, as `field: ours != theirs`."""
+    left, right = (_flatten(recipe.model_dump(mode="json")) for recipe in (ours, theirs))
+    return [
+        f"{name}: {left.get(name)!r} != {right.get(name)!r}"
+        for name in sorted({*left, *right})
+        if left.get(name) != right.get(name) and not name.startswith(f"{_OUTSIDE_THE_FINGERPRINT}.")
+    ]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not all(name.split(".")):
+        raise RecipeError(
+            "an override cannot be read", value=override, expected="field=value, such as model.arch=vit_s14"
+        )
+    *sections, field = name.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise RecipeError(
+                "an override names a field inside a value", value=override, expected="section.field=value"
+            )
+    try:
+        values[field] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError("an override's value is not valid YAML", value=override, expected="field=value") from error
+
+
+def _leaves(problems: list[ErrorDetails]) -> list[ErrorDetails]:
+    """The problems without those that only say that something inside them is wrong."""
+    places = [details["loc"] for details in problems]
+    return [
+        details
+        for details in problems
+        if not any(
+            len(place) > len(details["loc"]) and place[: len(details["loc"])] == details["loc"] for place in places
+        )
+    ]
+
+
+def _problem(details: ErrorDetails) -> str:
+    path = [str(part) for part in details["loc"]]
+    name = ".".join(path) or "recipe"
+    if details["type"] == "extra_forbidden":
+        known = _fields_at(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
+        return f"{name} is not a field (nearest: {'.'.join([*path[:-1], near[0]]) if near else 'none'})"
+    message = details["msg"].removeprefix("Value error, ")
+    if details["type"] == "value_error":
+        return f"{name}: {message}"
+    return f"{name} = {details['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in path:
+        if part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            candidates = [annotation, *get_args(annotation)]
+            model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,13 @@
+"""Units of the field: microns per pixel (mpp) and the magnification that pathologists call it by."""
+
+MPP_AT_1X = 10.0  # 10 um/px is the field's convention for "1x": 40x = 0.25, 20x = 0.5, 10x = 1, 5x = 2 um/px
+
+
+def magnification(mpp: float) -> float:
+    """Objective magnification that a scale of `mpp` um/px stands for (0.5 -> 20.0)."""
+    return MPP_AT_1X / mpp
+
+
+def describe_mpp(mpp: float) -> str:
+    """A scale as people say it: `0.5 um/px (20x)`."""
+    return f"{mpp:g} um/px ({magnification(mpp):g}x)"

@@ -1,0 +1,101 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from histoscale.config.decode import (
+    decode_recipe,
+    differences,
+    dump_recipe,
+    fingerprint,
+    load_recipe,
+    parse_yaml,
+)
+from histoscale.config.recipe import Recipe
+from histoscale.errors import RecipeError
+
+RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_that_come_along_are_valid(path: Path) -> None:
+    assert load_recipe(path).steps > 0
+
+
+def test_a_resolved_recipe_reads_back_as_itself() -> None:
+    recipe = decode_recipe({"seed": 3, "batch": {"tiles": 64, "replicas": 4}})
+    assert decode_recipe(parse_yaml(dump_recipe(recipe), "test")) == recipe
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().seed = 1  # type: ignore[misc]
+
+
+def test_every_problem_of_a_file_is_reported_at_once_with_the_nearest_name() -> None:
+    values = {"modle": {}, "model": {"arhc": "x"}, "data": {"mix": [{"mp": 1, "mpp": 0.5, "share": 0}]}, "seed": "x"}
+    with pytest.raises(RecipeError) as caught:
+        decode_recipe(values, source="my.yaml")
+    text = str(caught.value)
+    assert text.startswith("my.yaml has 5 problems: ")
+    assert "modle is not a field (nearest: model)" in text
+    assert "model.arhc is not a field (nearest: model.arch)" in text
+    assert "data.mix.0.mp is not a field (nearest: data.mix.0.mpp)" in text
+    assert "data.mix.0.share = 0: input should be greater than 0" in text
+    assert "seed = 'x'" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch": {"tiles": 10, "replicas": 4}}, "replicas must divide tiles"),
+        ({"batch": {"tiles": 4, "replicas": 4}}, "two tiles or more"),
+        ({"batch": {"chapter_steps": 3, "tiles_per_visit": 2}}, "tiles_per_visit must divide chapter_steps"),
+        ({"model": {"arch": "vit_xxl"}}, "arch must be one of"),
+        ({"crops": {"scale": [1.2, 0.9]}}, "scale must be"),
+        ({"crops": {"global_px": 100}}, "multiple of the patch"),
+        ({"data": {"region_px": 224}}, "crops.global_px of up to .* must fit in data.region_px"),
+        ({"crops": {"local_px": 392}}, "crops.local_px of up to .* must fit in data.region_px"),
+        ({"data": {"mix": [{"mpp": 1, "share": 1}, {"mpp": 1, "share": 2}]}}, "each mpp may stand once"),
+        ({"data": {"mix": []}}, "at least 1 item"),
+        ({"loss": {"mask_ratio": [0.5, 0.1]}}, "mask_ratio must be"),
+        ({"schedule": {"images": 5}}, "must hold one step"),
+        ({"batch": {"tiles": 64, "replicas": 4}, "cluster": {"workers": 5}}, "must not exceed batch.replicas"),
+        ({"optim": {"lr": float("nan")}}, "finite"),
+        ({"cluster": {"zero_stage": 4}}, "cluster.zero_stage = 4"),
+    ],
+)
+def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        decode_recipe(values)
+
+
+def test_overrides_are_typed_like_the_file() -> None:
+    recipe = decode_recipe({}, ["model.arch=vit_s14", "loss.kde_weight=0", "crops.scale=[0.8, 1.0]"])
+    assert (recipe.model.arch, recipe.loss.kde_weight, recipe.crops.scale) == ("vit_s14", 0.0, (0.8, 1.0))
+
+
+@pytest.mark.parametrize("override", ["model.arch", "=3", "model..arch=1", "seed.x=1", "seed={"])
+def test_overrides_that_cannot_be_read_are_refused(override: str) -> None:
+    with pytest.raises(RecipeError, match="override"):
+        decode_recipe({"seed": 1}, [override])
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read: No such file"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(RecipeError, match="not a text file"):
+        load_recipe(tmp_path / "binary.yaml")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        parse_yaml("a: [", "x")
+    with pytest.raises(RecipeError, match="is not a recipe"):
+        parse_yaml("- 1", "x")
+
+
+def test_the_fingerprint_names_the_experiment_and_not_the_hardware() -> None:
+    base = decode_recipe({})
+    assert fingerprint(base) == fingerprint(decode_recipe({}, ["cluster.workers=7", "cluster.zero_stage=3"]))
+    changed = decode_recipe({}, ["optim.lr=0.001", "cluster.workers=7"])
+    assert fingerprint(base) != fingerprint(changed)
+    assert differences(changed, base) == ["optim.lr: 0.001 != 0.00035"]
