@@ -1,0 +1,1 @@
+"""Whole-slide images: exact reads, tissue masks and the slide index."""
