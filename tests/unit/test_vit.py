@@ -1,0 +1,109 @@
+"""The vision transformer by itself: masks, stochastic depth, attention, dtypes."""
+
+import math
+
+import pytest
+import torch
+
+from histoscale.config.archs import ARCHS, Arch
+from histoscale.models.vit import Block, SwiGlu, VisionTransformer, attend
+from histoscale.models.weights import initialise
+
+ARCH = Arch(patch_px=14, depth=2, width=24, heads=3, registers=2, layer_scale=0.5)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def small_vit(drop_path: float = 0.0) -> VisionTransformer:
+    vit = VisionTransformer(ARCH, 56, drop_path)
+    initialise(vit, seed=3)
+    return vit
+
+
+@pytest.mark.parametrize(("name", "millions"), [("vit_s14", 21.62), ("vit_l14_reg4", 303.24), ("vit_h14_reg4", 631.24)])
+def test_parameter_counts_of_the_named_sizes(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        vit = VisionTransformer(ARCHS[name], 224)
+    assert sum(parameter.numel() for parameter in vit.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_softmax_of_scaled_products(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8, generator=generator).to(dtype) for _ in range(3))
+    got = attend(q, k, v)
+    for image in range(2):
+        for head in range(3):
+            scores = q[image, head].double() @ k[image, head].double().T / math.sqrt(8)
+            weights = scores.exp() / scores.exp().sum(dim=1, keepdim=True)
+            expected = weights @ v[image, head].double()
+            assert (got[image, head].double() - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+def test_the_first_half_of_the_packed_layer_is_the_gate() -> None:
+    layer = SwiGlu(4, 12)
+    x = torch.randn(3, 4)
+    packed = layer.fc1(x)
+    gate, value = packed[:, :6], packed[:, 6:]
+    expected = layer.fc2(gate * torch.sigmoid(gate) * value)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_hidden_patches_leave_no_trace_of_their_pixels() -> None:
+    vit, token = small_vit().eval(), torch.full((1, 24), 0.3)
+    images = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 5] = True
+    changed = images.clone()
+    changed[:, :, 14:28, 14:28] += 1.0  # patch 5 of the 4 x 4 grid
+    with torch.no_grad():
+        assert torch.equal(vit(images, mask, token), vit(changed, mask, token))
+        assert not torch.equal(vit(images), vit(changed))
+        assert not torch.equal(vit(images, mask, token), vit(images))
+
+
+def test_stochastic_depth_keeps_the_expected_output_and_acts_only_in_training() -> None:
+    block = Block(ARCH, drop_path=0.4)
+    x = torch.randn(5, 7, 24, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        full = block._attended(x)
+        block.eval()
+        assert torch.equal(block._add(x, block._attended), x + full)
+        block.train()
+        draws = torch.stack([block._add(x, block._attended) - x for _ in range(4000)])
+    dropped = (draws.abs().amax(dim=(2, 3)) == 0).double()
+    assert dropped.mean().item() == pytest.approx(0.4, abs=0.01)
+    assert (dropped.mean(dim=0) - 0.4).abs().max() < 0.03
+    torch.testing.assert_close(draws.mean(dim=0), full, atol=0.05 * full.abs().max().item(), rtol=0.0)
+
+
+def test_stochastic_depth_follows_the_default_generator() -> None:
+    vit = small_vit(drop_path=0.5).train()
+    images = torch.randn(4, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(vit(images))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_every_parameter_has_a_gradient_under_the_strongest_stochastic_depth(images: int) -> None:
+    vit = small_vit(drop_path=0.99).train()
+    vit(torch.randn(images, 3, 56, 56)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in vit.parameters())
+
+
+def test_bf16_follows_fp32() -> None:
+    vit = small_vit().eval()
+    images = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = vit(images)
+        got = vit.bfloat16()(images.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - expected).abs().max() < 0.1
