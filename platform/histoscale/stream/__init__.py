@@ -1,0 +1,1 @@
+"""Tiles from slides to ranks: Ray Data reads the chapters of the plan, each rank gets its own, in order."""
