@@ -1,0 +1,168 @@
+"""What a checkpoint is on disk, and the names of its objects.
+
+    checkpoints/step-00000100.json              the commit marker: without it there is no checkpoint
+    checkpoints/step-00000100.<attempt>/        one folder for each attempt to write it
+        rank-0-of-2.safetensors ...             one flat fp32 tensor per kind: that rank's fragments, end to end
+        manifest.json                           which range of which parameter lies where, and checksums
+
+The world size and the ZeRO stage that wrote a checkpoint show only in how the ranges are cut.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from histoscale.errors import CheckpointError
+
+FORMAT_VERSION = 1
+FOLDER = "checkpoints/"
+MANIFEST_NAME = "manifest.json"
+
+# Checksums cover blocks of this many elements (4 MiB), so that a rank can verify the part it reads.
+BLOCK_ELEMENTS = 1 << 20
+BYTES_PER_ELEMENT = 4
+
+_MARKER = re.compile(r"checkpoints/step-(\d{8,})\.json")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One fragment inside a shard: parameter `name` from `offset` on, at element `start` of each flat tensor."""
+
+    name: str
+    offset: int
+    numel: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's file.
+
+    Attributes:
+        size_bytes: Of the file.
+        pieces: What each flat tensor holds.
+        crc32: kind -> checksum of each block of that flat tensor.
+    """
+
+    name: str
+    size_bytes: int
+    pieces: tuple[Piece, ...]
+    crc32: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of one checkpoint: whole shapes of all parameters, and the shards that hold them."""
+
+    shapes: dict[str, tuple[int, ...]]
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A committed checkpoint.
+
+    Attributes:
+        step: Optimiser steps done; the next one is `step`.
+        images_seen: Tiles that entered them.
+        fingerprint: Of the recipe.
+        folder: Key prefix of its files.
+        sizes_bytes: Name of each file in the folder, the manifest included -> size.
+        manifest_crc32: Checksum of the manifest.
+        ledger: Key of the ledger of the steps since the commit before.
+        written_by: World size, ZeRO stage and versions, for people.
+    """
+
+    step: int
+    images_seen: int
+    fingerprint: str
+    folder: str
+    sizes_bytes: dict[str, int]
+    manifest_crc32: int
+    ledger: str | None
+    written_by: dict[str, str]
+
+
+def marker_key(step: int) -> str:
+    """Key of the commit marker of a step."""
+    return f"{FOLDER}step-{step:08d}.json"
+
+
+def marker_step(key: str) -> int | None:
+    """The step that a key is the commit marker of, or None."""
+    match = _MARKER.fullmatch(key)
+    return int(match[1]) if match else None
+
+
+def folder_prefix(step: int, attempt: str) -> str:
+    """Key prefix of the files of one attempt."""
+    return f"{FOLDER}step-{step:08d}.{attempt}/"
+
+
+def encode(record: Commit | Manifest) -> bytes:
+    """A commit or a manifest as JSON."""
+    return json.dumps({"format": FORMAT_VERSION, **asdict(record)}, separators=(",", ":")).encode()
+
+
+def decode_commit(data: bytes, key: str) -> Commit:
+    """The commit that a marker holds.
+
+    Raises:
+        CheckpointError: It is damaged or of another version.
+    """
+    values = _decode(data, key)
+    try:
+        return Commit(**values)
+    except TypeError as error:
+        raise _damaged(key) from error
+
+
+def decode_manifest(data: bytes, key: str) -> Manifest:
+    """The manifest that a file holds.
+
+    Raises:
+        CheckpointError: It is damaged or of another version.
+    """
+    values = _decode(data, key)
+    try:
+        return Manifest(
+            shapes={name: tuple(shape) for name, shape in values["shapes"].items()},
+            shards=tuple(_shard(shard) for shard in values["shards"]),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(key) from error
+
+
+def _shard(values: dict[str, Any]) -> Shard:
+    return Shard(
+        name=values["name"],
+        size_bytes=values["size_bytes"],
+        pieces=tuple(Piece(**piece) for piece in values["pieces"]),
+        crc32={kind: tuple(sums) for kind, sums in values["crc32"].items()},
+    )
+
+
+def _decode(data: bytes, key: str) -> dict[str, Any]:
+    try:
+        values = json.loads(data)
+    except ValueError as error:
+        raise _damaged(key) from error
+    if not isinstance(values, dict):
+        raise _damaged(key)
+    version = values.pop("format", None)
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{key} was written by another version of histoscale",
+            value=version,
+            expected=f"format {FORMAT_VERSION}",
+            remedy="resume with the version that wrote it",
+        )
+    return values
+
+
+def _damaged(key: str) -> CheckpointError:
+    return CheckpointError(
+        f"{key} is damaged", expected="a complete JSON object", remedy=f"delete {key} to resume from the commit before"
+    )

@@ -1,0 +1,158 @@
+"""Writing a checkpoint: every rank its own shard, then the manifest, then the commit marker, in that order.
+
+Only the marker makes a checkpoint exist. Whatever is killed before it leaves a folder that nobody reads and that the
+next commit removes.
+"""
+
+import secrets
+import tempfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from histoscale.checkpoint.collective import on_every_rank, on_first_rank
+from histoscale.checkpoint.fragments import Fragment
+from histoscale.checkpoint.ledger import Run, encode_ledger, ledger_key, merge_runs
+from histoscale.checkpoint.manifest import (
+    BLOCK_ELEMENTS,
+    FOLDER,
+    MANIFEST_NAME,
+    Commit,
+    Manifest,
+    Piece,
+    Shard,
+    decode_commit,
+    encode,
+    folder_prefix,
+    marker_key,
+    marker_step,
+)
+from histoscale.storage.store import Store
+
+StepSamples = tuple[int, Sequence[Run]]
+"""A step and the samples that this rank put into it."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's state after `step` steps, and what the commit says about it.
+
+    Attributes:
+        fragments: Name -> this rank's fragment, all with the same kinds of tensor.
+        shapes: Name -> shape of every whole parameter.
+        samples: The steps since the last commit with this rank's samples.
+        written_by: World size, ZeRO stage and versions, for people.
+    """
+
+    step: int
+    images_seen: int
+    fingerprint: str
+    fragments: Mapping[str, Fragment]
+    shapes: dict[str, tuple[int, ...]]
+    samples: Sequence[StepSamples]
+    written_by: dict[str, str]
+
+
+def write_checkpoint(store: Store, snapshot: Snapshot, keep_last: int) -> Commit:
+    """Write and commit a checkpoint, then remove all but the newest `keep_last` (collective).
+
+    Raises:
+        StorageError: Something could not be written; raised on every rank, and nothing is committed.
+    """
+    folder = folder_prefix(snapshot.step, on_first_rank(lambda: secrets.token_hex(4)))
+    reports = on_every_rank(lambda: (_write_shard(store, folder, snapshot.fragments), snapshot.samples))
+    shards = tuple(shard for shard, _ in reports)
+    samples = [samples for _, samples in reports]
+
+    def commit() -> Commit:
+        committed = _commit(store, folder, snapshot, shards, samples)
+        remove_retired(store, keep_last)
+        return committed
+
+    return on_first_rank(commit)
+
+
+def remove_retired(store: Store, keep_last: int) -> None:
+    """Delete all commits but the newest `keep_last`, and every folder that no commit names."""
+    keys = [info.key for info in store.list(FOLDER)]
+    steps = sorted(step for step in map(marker_step, keys) if step is not None)
+    for step in steps[:-keep_last]:
+        store.delete(marker_key(step))
+    kept = {decode_commit(store.get(marker_key(step)), marker_key(step)).folder for step in steps[-keep_last:]}
+    folders = {key[: key.index("/", len(FOLDER)) + 1] for key in keys if "/" in key[len(FOLDER) :]}
+    for folder in sorted(folders - kept):
+        store.delete_prefix(folder)
+
+
+def _write_shard(store: Store, folder: str, fragments: Mapping[str, Fragment]) -> Shard:
+    name = f"rank-{dist.get_rank()}-of-{dist.get_world_size()}.safetensors"
+    flat = _flatten(fragments)
+    with tempfile.TemporaryDirectory(prefix="histoscale-") as scratch:
+        path = Path(scratch) / name
+        save_file(flat, path)
+        store.upload(path, folder + name)
+        size_bytes = path.stat().st_size
+    checksums = {kind: _block_checksums(tensor) for kind, tensor in flat.items()}
+    return Shard(name, size_bytes, _pieces(fragments), checksums)
+
+
+def _flatten(fragments: Mapping[str, Fragment]) -> dict[str, Tensor]:
+    """The fragments of each kind, end to end, on the host."""
+    kinds = next(iter(fragments.values())).tensors if fragments else ()
+    return {kind: torch.cat([part.tensors[kind] for part in fragments.values()]).cpu() for kind in kinds}
+
+
+def _pieces(fragments: Mapping[str, Fragment]) -> tuple[Piece, ...]:
+    pieces, start = [], 0
+    for name, part in fragments.items():
+        pieces.append(Piece(name, part.offset, part.numel, start))
+        start += part.numel
+    return tuple(pieces)
+
+
+def _block_checksums(flat: Tensor) -> tuple[int, ...]:
+    return tuple(
+        zlib.crc32(flat[start : start + BLOCK_ELEMENTS].numpy().data) for start in range(0, len(flat), BLOCK_ELEMENTS)
+    )
+
+
+def _commit(
+    store: Store,
+    folder: str,
+    snapshot: Snapshot,
+    shards: tuple[Shard, ...],
+    samples: Sequence[Sequence[StepSamples]],
+) -> Commit:
+    """Rank 0's part: what makes the shards a checkpoint."""
+    manifest = encode(Manifest(snapshot.shapes, shards))
+    store.put(folder + MANIFEST_NAME, manifest)
+    commit = Commit(
+        step=snapshot.step,
+        images_seen=snapshot.images_seen,
+        fingerprint=snapshot.fingerprint,
+        folder=folder,
+        sizes_bytes={MANIFEST_NAME: len(manifest), **{shard.name: shard.size_bytes for shard in shards}},
+        manifest_crc32=zlib.crc32(manifest),
+        ledger=_write_ledger(store, samples),
+        written_by=snapshot.written_by,
+    )
+    store.put(marker_key(snapshot.step), encode(commit))
+    return commit
+
+
+def _write_ledger(store: Store, samples: Sequence[Sequence[StepSamples]]) -> str | None:
+    """Key of the ledger of the steps since the last commit, or None when there were none."""
+    steps = [
+        (parts[0][0], merge_runs(run for _, runs in parts for run in runs)) for parts in zip(*samples, strict=True)
+    ]
+    if not steps:
+        return None
+    key = ledger_key(steps[0][0], steps[-1][0] + 1)
+    store.put(key, encode_ledger(steps))
+    return key

@@ -1,0 +1,121 @@
+"""The student inside one DeepSpeed engine: ZeRO 1, 2 or 3 at any world size, with accumulation managed by us.
+
+DeepSpeed averages gradients over ranks, and a step's loss is a sum over replicas; so every backward is scaled by the
+world size. DeepSpeed is imported on first use: it takes seconds, and only training needs it.
+"""
+
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from histoscale.config.recipe import Recipe
+from histoscale.errors import TrainingError
+from histoscale.train.schedules import StepSettings
+
+_NO_DECAY_MAX_NDIM = 1
+
+
+class StudentEngine:
+    """A network under ZeRO. The caller has initialised `torch.distributed` and set the current CUDA device, if any.
+
+    Args:
+        network: The student with its initial weights, the same on every rank.
+        recipe: Its `cluster.zero_stage`, `optim` and `precision` are used.
+        device: Where to train.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe, device: torch.device) -> None:
+        self.device = device
+        self.dtype = compute_dtype(recipe, device)
+        self.world_size = dist.get_world_size()
+        network.to(device)
+        optimizer = torch.optim.AdamW(_parameter_groups(network), lr=recipe.optim.lr, betas=recipe.optim.betas)
+        deepspeed, config = _import_deepspeed(device), _config(recipe, self.dtype)
+        with contextlib.redirect_stdout(io.StringIO()):  # its ZeRO 1 in bf16 prints tables of memory
+            self.deepspeed = deepspeed.initialize(
+                model=network, optimizer=optimizer, config=config, dist_init_required=False
+            )[0]
+
+    def forward(self, global_crops: Tensor, local_crops: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
+        """The network's outputs; every rank must call this equally often in a step."""
+        outputs: dict[str, Tensor] = self.deepspeed(global_crops, local_crops, mask)
+        return outputs
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-step's loss to that of the step."""
+        self.deepspeed.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, settings: StepSettings) -> float:
+        """Update the weights; returns the global gradient norm before clipping.
+
+        Raises:
+            TrainingError: A gradient is not finite; the weights are as before.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = settings.lr
+            group["weight_decay"] = settings.weight_decay if group["decays"] else 0.0
+        self.deepspeed.step()
+        norm = float(self.deepspeed.get_global_grad_norm())
+        if not self.deepspeed.was_step_applied() or not math.isfinite(norm):
+            raise TrainingError(
+                "the gradient is not finite, so no update was made",
+                value=norm,
+                expected="a finite norm",
+                remedy="lower optim.lr or train in fp32, then resume from the last commit",
+            )
+        return norm
+
+
+def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """What the network computes in: `auto` is bf16 with CUDA and fp32 without."""
+    if recipe.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+
+
+def _parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
+    """Weight decay for matrices and embeddings, none for biases, norms and LayerScale."""
+    parameters = list(network.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > _NO_DECAY_MAX_NDIM], "decays": True},
+        {"params": [p for p in parameters if p.ndim <= _NO_DECAY_MAX_NDIM], "decays": False},
+    ]
+
+
+def _config(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": recipe.batch.per_replica,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": recipe.optim.clip_norm,
+        "zero_optimization": {"stage": recipe.cluster.zero_stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        # The default accumulates in bf16, where the sum depends on how replicas are spread over ranks.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": None,
+    }
+
+
+def _import_deepspeed(device: torch.device) -> ModuleType:
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read at import
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # An all-reduce for ranks of one machine, compiled on first use: training machines need no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist.get_backend(), verbose=False)
+    module: ModuleType = deepspeed
+    return module

@@ -1,0 +1,39 @@
+"""What a step refuses to train on, and how ranks agree."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.timeout(900)  # several processes share what cores there are
+
+
+@pytest.fixture(params=[(2, 0), (2, 1), (3, 0), (3, 1)], ids=lambda case: "zero-{}-rank-{}".format(*case))
+def report(two_workers: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
+    stage, rank = request.param
+    return json.loads((two_workers / f"report-{stage}-rank-{rank}.json").read_text())
+
+
+def test_non_finite_loss_of_one_rank_stops_all_before_the_update(report: dict[str, Any]) -> None:
+    assert report["loss: error"].startswith(
+        "TrainingError: the loss is not finite, so no update was made (got 'dino nan"
+    )
+    assert report["loss: unchanged"]
+
+
+def test_non_finite_gradient_of_one_rank_stops_all_before_the_update(report: dict[str, Any]) -> None:
+    assert report["gradient: error"].startswith("TrainingError: the gradient is not finite, so no update was made")
+    assert report["gradient: unchanged"]
+
+
+def test_one_rank_asks_to_stop_and_all_know(report: dict[str, Any]) -> None:
+    assert [report["asked to stop at 0"], report["asked to stop at 1"]] == [True, False]
+
+
+def test_step_out_of_order_is_refused(report: dict[str, Any]) -> None:
+    assert report["order: error"] == "TrainingError: a step is out of order (got 3; expected step 2)."
+
+
+def test_save_of_another_step_is_refused(report: dict[str, Any]) -> None:
+    assert report["save: error"].startswith("TrainingError: a checkpoint is asked for at another step")

@@ -1,0 +1,190 @@
+"""Starts groups of training processes on gloo, and what these do. Results go to files in the folder of a test."""
+
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from plain_reference import tiles_of
+from torch import Tensor
+
+from histoscale.config.archs import ARCHS
+from histoscale.config.decode import decode_recipe
+from histoscale.config.recipe import Recipe
+from histoscale.errors import HistoscaleError
+from histoscale.sampling.replicas import replicas_of
+from histoscale.storage import open_store
+
+STEPS = 6
+TILES_PER_STEP = 12
+
+# LayerScale starts at 1e-5 otherwise: six steps would hardly reach the blocks, and all class tokens would be one.
+LIVELY_ARCH = replace(ARCHS["vit_test14"], layer_scale=None)
+
+
+def tiny_recipe(**cluster: int) -> Recipe:
+    """Four replicas of three tiles, everything scheduled, clipped, dropped and masked within six steps."""
+    return decode_recipe(
+        {
+            "seed": 5,
+            "precision": "fp32",
+            "data": {"region_px": 56},
+            "batch": {"tiles": TILES_PER_STEP, "replicas": 4, "chapter_steps": 2, "tiles_per_visit": 2},
+            "model": {"arch": "vit_test14", "drop_path": 0.2},
+            "heads": {
+                "dino_prototypes": 96,
+                "ibot_prototypes": 64,
+                "hidden_dim": 48,
+                "dino_bottleneck_dim": 24,
+                "ibot_bottleneck_dim": 16,
+            },
+            "crops": {"global_px": 42, "local_px": 28, "local_count": 2},
+            "loss": {"kde_weight": 0.3, "teacher_temperature_warmup_images": 3 * TILES_PER_STEP},
+            "optim": {
+                "lr": 2e-3,
+                "warmup_images": 2 * TILES_PER_STEP,
+                "clip_norm": 1.0,
+                "ema_momentum": [0.8, 1.0],
+            },
+            "schedule": {"images": (STEPS + 2) * TILES_PER_STEP},
+            "checkpoint": {"every_steps": 3, "keep_last": 2},
+            "cluster": cluster,
+        }
+    )
+
+
+def launch(target: Callable[..., None], workers: int, *args: Any) -> None:
+    """Run `target(rank, *args)` in a process group of `workers` fresh processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_enter, args=(workers, f"{folder}/rendezvous", target, args), nprocs=workers)
+
+
+def _enter(rank: int, workers: int, rendezvous: str, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=workers)
+    logging.getLogger("histoscale").addHandler(logging.NullHandler())
+    ARCHS["vit_test14"] = LIVELY_ARCH
+    target(rank, *args)
+    dist.destroy_process_group()
+
+
+def three_workers(rank: int, folder: Path) -> None:
+    """Runs of ZeRO 2 and 3 in one go; three workers pad, as three do not divide four."""
+    for stage in (2, 3):
+        train(rank, tiny_recipe(zero_stage=stage), folder / f"zero-{stage}", STEPS)
+
+
+def two_workers(rank: int, folder: Path) -> None:
+    """Runs of ZeRO 1, 2 and 3, with copies of what they left halfway, and all that must be refused."""
+    for stage in (1, 2, 3):
+        recipe, run = tiny_recipe(zero_stage=stage), folder / f"zero-{stage}"
+        train(rank, recipe, run, STEPS // 2)
+        if rank == 0:
+            shutil.copytree(run, folder / "halfway" / f"zero-{stage}")
+        train(rank, recipe, run, STEPS)
+    resume_foreign(rank, folder)
+    for stage in (2, 3):
+        misbehave(rank, stage, folder)
+
+
+def one_worker(rank: int, halfway: Path, folder: Path) -> None:
+    """Goes on with the runs that two workers left, with another ZeRO stage each: 1 by 2, 2 by 3, 3 by 1.
+
+    Then, in bf16, for ZeRO 1, 2 and 3: a run in one go beside a run that stops, and resumes from its own checkpoint.
+    """
+    for stage in (1, 2, 3):
+        train(rank, tiny_recipe(zero_stage=stage % 3 + 1), halfway / f"zero-{stage}", STEPS)
+    for stage in (1, 2, 3):
+        recipe = tiny_recipe(zero_stage=stage).model_copy(update={"precision": "bf16"})
+        train(rank, recipe, folder / f"whole-{stage}", STEPS)
+        for stop in (STEPS // 2, STEPS):
+            train(rank, recipe, folder / f"parts-{stage}", stop)
+
+
+def train(rank: int, recipe: Recipe, run: Path, stop: int) -> None:
+    """Resume the run, train to step `stop`, save, report."""
+    from histoscale.train.trainer import build_trainer
+
+    trainer = build_trainer(recipe, torch.device("cpu"), open_store(run))
+    start = trainer.resume()
+    metrics = [vars(trainer.step(step, turns(recipe, rank, step))) for step in range(start, stop)]
+    trainer.save(stop)
+    (run / f"metrics-{start}-rank-{rank}.json").write_text(json.dumps(metrics))
+
+
+def turns(recipe: Recipe, rank: int, step: int) -> list[Any]:
+    """This rank's micro-batches of a step, None for padding."""
+    mine = replicas_of(rank, dist.get_world_size(), recipe.batch.replicas)
+    return [None if replica is None else tiles_of(recipe, step, replica) for replica in mine]
+
+
+def resume_foreign(rank: int, folder: Path) -> None:
+    """Resume a run with another learning rate, and report the refusal of every rank."""
+    from histoscale.train.trainer import build_trainer
+
+    recipe = tiny_recipe(zero_stage=1)
+    other = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": 1e-3})})
+    trainer = build_trainer(other, torch.device("cpu"), open_store(folder / "zero-1"))
+    (folder / f"refusal-{rank}.txt").write_text(_error_of(trainer.resume))
+
+
+def misbehave(rank: int, stage: int, folder: Path) -> None:
+    """Good steps, and between them, on the last rank only, what must not be trained on; report all."""
+    from histoscale.train.trainer import build_trainer
+
+    recipe = tiny_recipe(zero_stage=stage)
+    last = rank == dist.get_world_size() - 1
+    trainer = build_trainer(recipe, torch.device("cpu"), open_store(folder / f"misbehaved-{stage}"))
+    forward = trainer.student.forward
+    report: dict[str, Any] = {}
+    for step, case in enumerate(("gradient", "loss")):
+        report[f"asked to stop at {step}"] = trainer.step(step, turns(recipe, rank, step), last and step == 0).stop
+        before = _state_of(trainer)
+        if last:
+            trainer.student.forward = partial(_poisoned, forward, case)  # type: ignore[method-assign]
+        report[f"{case}: error"] = _error_of(partial(trainer.step, step + 1, turns(recipe, rank, step + 1)))
+        report[f"{case}: unchanged"] = _same(before, _state_of(trainer))
+        trainer.student.forward = forward  # type: ignore[method-assign]
+    report["order: error"] = _error_of(partial(trainer.step, 3, turns(recipe, rank, 3)))
+    report["save: error"] = _error_of(partial(trainer.save, 3))
+    (folder / f"report-{stage}-rank-{rank}.json").write_text(json.dumps(report))
+
+
+def _poisoned(forward: Callable[..., dict[str, Tensor]], case: str, *inputs: Tensor) -> dict[str, Tensor]:
+    outputs = forward(*inputs)
+    if case == "loss":
+        return outputs | {"dino": outputs["dino"] * math.nan}
+    outputs["dino"].register_hook(lambda gradient: gradient * math.inf)
+    return outputs
+
+
+def _state_of(trainer: Any) -> dict[str, Tensor]:
+    state = {
+        f"{name}/{kind}": tensor.clone()
+        for name, part in trainer._state().items()
+        for kind, tensor in part.tensors.items()
+    }
+    return state | {f"teacher/{name}": p.detach().clone() for name, p in trainer.teacher.network.named_parameters()}
+
+
+def _same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def _error_of(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except HistoscaleError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"

@@ -1,0 +1,339 @@
+import json
+import logging
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from histoscale.checkpoint import reader, writer
+from histoscale.checkpoint.collective import on_every_rank, on_first_rank
+from histoscale.checkpoint.fragments import Fragment
+from histoscale.checkpoint.ledger import delete_after, encode_ledger, ledger_key, merge_runs, read_history, runs_of
+from histoscale.checkpoint.manifest import Commit, Manifest, decode_manifest, encode, marker_key
+from histoscale.checkpoint.reader import (
+    discard_after,
+    latest_commit,
+    load_into,
+    load_teacher,
+    load_teacher_backbone,
+    require_recipe,
+)
+from histoscale.checkpoint.writer import Snapshot, write_checkpoint
+from histoscale.errors import CheckpointError, StorageError
+from histoscale.storage import open_store
+from histoscale.storage.local import LocalStore
+from histoscale.storage.store import Store
+
+SHAPES: dict[str, tuple[int, ...]] = {"backbone.a": (5, 7), "backbone.b": (11,), "head.c": (2, 3, 4)}
+KINDS = ("fp32", "exp_avg", "exp_avg_sq", "ema")
+BLOCK_ELEMENTS = 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (writer, reader):
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", BLOCK_ELEMENTS)
+    monkeypatch.setattr(reader, "_MAX_BLOCKS_PER_REQUEST", 3)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "run")
+
+
+def state(seed: int) -> dict[str, Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    return {
+        f"{name}/{kind}": torch.randn(math.prod(shape), generator=draws)
+        for name, shape in SHAPES.items()
+        for kind in KINDS
+    }
+
+
+def snapshot(step: int, *, start: int | None = None) -> Snapshot:
+    values = state(step)
+    fragments = {
+        name: Fragment(0, math.prod(shape), shape, {kind: values[f"{name}/{kind}"] for kind in KINDS})
+        for name, shape in SHAPES.items()
+    }
+    first = step - 1 if start is None else start
+    samples = [(number, [(10 * number, 10)]) for number in range(first, step)]
+    return Snapshot(step, 10 * step, "recipe", fragments, SHAPES, samples, {"workers": "1"})
+
+
+def empty_fragment(name: str, low: int, high: int, kinds: tuple[str, ...] = KINDS) -> Fragment:
+    return Fragment(low, high - low, SHAPES[name], {kind: torch.full((high - low,), math.nan) for kind in kinds})
+
+
+def shard_path(store: Store, commit: Commit) -> Path:
+    return Path(store.uri) / commit.folder / "rank-0-of-1.safetensors"
+
+
+def rewrite_manifest(store: Store, commit: Commit, manifest: Manifest) -> Commit:
+    data = encode(manifest)
+    store.put(f"{commit.folder}manifest.json", data)
+    changed = replace(commit, manifest_crc32=zlib.crc32(data))
+    store.put(marker_key(commit.step), encode(changed))
+    return changed
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_ranges_are_read_as_they_were_written(store: Store, seed: int) -> None:
+    commit = write_checkpoint(store, snapshot(3), 1)
+    draws = np.random.default_rng(seed)
+    targets = {}
+    for name, shape in SHAPES.items():
+        low, high = sorted(draws.integers(0, math.prod(shape) + 1, 2))
+        if low < high:
+            targets[name] = empty_fragment(name, int(low), int(high))
+    load_into(store, commit, targets, SHAPES)
+    for name, part in targets.items():
+        for kind in KINDS:
+            expected = state(3)[f"{name}/{kind}"][part.offset : part.offset + part.numel]
+            assert torch.equal(part.tensors[kind], expected)
+
+
+def test_teacher_and_its_backbone_come_back_whole(store: Store) -> None:
+    write_checkpoint(store, snapshot(3), 1)
+    commit = latest_commit(store)
+    assert commit is not None
+    teacher = load_teacher(store, commit)
+    assert {name: tuple(tensor.shape) for name, tensor in teacher.items()} == SHAPES
+    assert all(torch.equal(tensor.flatten(), state(3)[f"{name}/ema"]) for name, tensor in teacher.items())
+    assert set(load_teacher_backbone(store, commit)) == {"a", "b"}
+
+
+def test_a_rank_fetches_only_the_blocks_that_it_needs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = write_checkpoint(store, snapshot(3), 1)
+    fetched: list[int] = []
+    get_range = LocalStore.get_range
+
+    def counted(self: LocalStore, key: str, start: int, length: int) -> bytes:
+        fetched.append(length)
+        return get_range(self, key, start, length)
+
+    monkeypatch.setattr(LocalStore, "get_range", counted)
+    load_into(store, commit, {"backbone.a": empty_fragment("backbone.a", 6, 10, ("ema",))}, SHAPES)
+    assert [length for length in fetched if length % (4 * BLOCK_ELEMENTS) == 0][-1] == 2 * 4 * BLOCK_ELEMENTS
+
+
+def test_commit_says_what_it_holds(store: Store) -> None:
+    write_checkpoint(store, snapshot(3, start=1), 1)
+    commit = latest_commit(store)
+    assert commit is not None
+    assert (commit.step, commit.images_seen, commit.fingerprint) == (3, 30, "recipe")
+    assert commit.ledger == ledger_key(1, 3)
+    assert commit.written_by == {"workers": "1"}
+
+
+def test_run_without_commit_has_none(store: Store) -> None:
+    assert latest_commit(store) is None
+
+
+def test_folder_without_marker_is_no_checkpoint_and_goes_with_the_next_commit(store: Store) -> None:
+    torn = write_checkpoint(store, snapshot(3), 1)
+    store.delete(marker_key(3))
+    assert latest_commit(store) is None
+    commit = write_checkpoint(store, snapshot(3), 1)
+    assert latest_commit(store) == commit
+    assert not list(store.list(torn.folder))
+
+
+def test_only_the_newest_checkpoints_are_kept(store: Store) -> None:
+    commits = [write_checkpoint(store, snapshot(step), 2) for step in range(1, 5)]
+    kept = {re.sub(r"[^/]*$", "", info.key) for info in store.list("checkpoints/")}
+    assert kept == {"checkpoints/", commits[2].folder, commits[3].folder}
+    assert not store.exists(marker_key(2))
+    assert list(read_history(store, 4)) == [(step, [(10 * step, 10)]) for step in range(4)]
+
+
+def test_truncated_newest_checkpoint_falls_back_to_the_one_before(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = write_checkpoint(store, snapshot(1), 2)
+    second = write_checkpoint(store, snapshot(2), 2)
+    path = shard_path(store, second)
+    path.write_bytes(path.read_bytes()[:-1])
+    with caplog.at_level(logging.WARNING):
+        assert latest_commit(store) == first
+    assert f"{second.folder}rank-0-of-1.safetensors is truncated" in caplog.text
+    discard_after(store, first)
+    assert not store.exists(marker_key(2))
+    assert [info.key for info in store.list("ledger/")] == [ledger_key(0, 1)]
+    assert write_checkpoint(store, snapshot(2), 1) == latest_commit(store)
+
+
+def test_missing_file_of_the_only_checkpoint_is_named(store: Store) -> None:
+    commit = write_checkpoint(store, snapshot(1), 1)
+    shard_path(store, commit).unlink()
+    with pytest.raises(CheckpointError, match=f"{commit.folder}rank-0-of-1.safetensors is missing"):
+        latest_commit(store)
+
+
+def test_flipped_bit_is_found(store: Store) -> None:
+    commit = write_checkpoint(store, snapshot(1), 1)
+    path = shard_path(store, commit)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"rank-0-of-1\.safetensors is corrupt"):
+        load_into(store, commit, {"head.c": empty_fragment("head.c", 0, 24)}, SHAPES)
+
+
+@pytest.mark.parametrize(("start", "damage"), [(0, b"\xff\xff\xff"), (8, b"!!!!")])
+def test_damaged_header_is_found(store: Store, start: int, damage: bytes) -> None:
+    commit = write_checkpoint(store, snapshot(1), 1)
+    path = shard_path(store, commit)
+    data = bytearray(path.read_bytes())
+    data[start : start + len(damage)] = damage
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"rank-0-of-1\.safetensors is corrupt"):
+        load_teacher(store, commit)
+
+
+def test_manifest_that_was_not_committed_is_refused(store: Store) -> None:
+    commit = write_checkpoint(store, snapshot(1), 1)
+    path = Path(store.uri) / commit.folder / "manifest.json"
+    path.write_text(path.read_text().replace("backbone.a", "backbone.x"))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is corrupt"):
+        load_teacher(store, commit)
+
+
+def test_missing_element_is_found(store: Store) -> None:
+    commit = write_checkpoint(store, snapshot(1), 1)
+    manifest = decode_manifest(store.get(f"{commit.folder}manifest.json"), "manifest.json")
+    shard = manifest.shards[0]
+    first, *others = shard.pieces
+    shifted = replace(shard, pieces=(replace(first, offset=1), *others))
+    changed = rewrite_manifest(store, commit, replace(manifest, shards=(shifted,)))
+    with pytest.raises(CheckpointError, match=r"does not hold backbone\.a \(ema\) exactly once \(got 34;"):
+        load_teacher(store, changed)
+
+
+@pytest.mark.parametrize("shapes", [{**SHAPES, "head.d": (1,)}, {**SHAPES, "head.c": (24,)}])
+def test_another_network_is_refused(store: Store, shapes: dict[str, tuple[int, ...]]) -> None:
+    commit = write_checkpoint(store, snapshot(1), 1)
+    with pytest.raises(CheckpointError, match="holds another network, 1 parameters differ"):
+        load_into(store, commit, {}, shapes)
+
+
+def test_another_recipe_is_refused(store: Store) -> None:
+    commit = write_checkpoint(store, snapshot(1), 1)
+    require_recipe(commit, "recipe")
+    with pytest.raises(CheckpointError, match=r"belongs to another recipe \(got 'recipe'; expected other\)"):
+        require_recipe(commit, "other")
+
+
+def test_another_version_is_refused_and_not_skipped(store: Store) -> None:
+    write_checkpoint(store, snapshot(1), 2)
+    write_checkpoint(store, snapshot(2), 2)
+    marker = json.loads(store.get(marker_key(2)))
+    store.put(marker_key(2), json.dumps(marker | {"format": 2}).encode())
+    with pytest.raises(CheckpointError, match="another version of histoscale"):
+        latest_commit(store)
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b'{"format": 1, "step": 1}', b"\xff\xfe"])
+def test_damaged_marker_is_named(store: Store, data: bytes) -> None:
+    store.put(marker_key(1), data)
+    with pytest.raises(CheckpointError, match=r"checkpoints/step-00000001\.json is damaged"):
+        latest_commit(store)
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"format": 1}', b'{"format": 1, "shapes": {}, "shards": [{}]}', b'{"format":1,"shapes":[],"shards":[]}']
+)
+def test_damaged_manifest_is_named(data: bytes) -> None:
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        decode_manifest(data, "manifest.json")
+
+
+def test_failed_upload_commits_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write_checkpoint(store, snapshot(1), 1)
+
+    def refuse(self: LocalStore, path: Path, key: str) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(LocalStore, "upload", refuse)
+    with pytest.raises(StorageError, match="the disk is full"):
+        write_checkpoint(store, snapshot(2), 1)
+    assert latest_commit(store) == first
+
+
+def test_an_error_of_one_rank_is_the_error_of_all() -> None:
+    def fail() -> None:
+        raise CheckpointError("it is torn")
+
+    for collective in (on_first_rank, on_every_rank):
+        with pytest.raises(CheckpointError, match="it is torn"):
+            collective(fail)
+    assert on_first_rank(lambda: 7) == 7
+    assert on_every_rank(lambda: 7) == [7]
+
+
+def test_runs_join_neighbours_and_show_what_comes_twice() -> None:
+    assert runs_of([4, 2, 3, 9]) == [(2, 3), (9, 1)]
+    assert runs_of([2, 3, 3]) == [(2, 2), (3, 1)]
+    assert merge_runs([(8, 4), (0, 4), (4, 4)]) == [(0, 12)]
+    assert merge_runs([(0, 4), (0, 4)]) == [(0, 4), (0, 4)]
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [[(0, 2), (3, 5)], [(0, 2), (1, 5)], [(1, 5)], [(0, 4)], []],
+    ids=["gap", "overlap", "late", "short", "none"],
+)
+def test_ledgers_that_do_not_cover_the_history_are_refused(store: Store, ranges: list[tuple[int, int]]) -> None:
+    for start, stop in ranges:
+        store.put(ledger_key(start, stop), encode_ledger([(step, [(step, 1)]) for step in range(start, stop)]))
+    with pytest.raises(CheckpointError, match="does not cover the committed steps once each"):
+        list(read_history(store, 5))
+
+
+def test_ledger_shorter_than_its_name_is_refused(store: Store) -> None:
+    store.put(ledger_key(0, 5), encode_ledger([(step, [(step, 1)]) for step in range(4)]))
+    with pytest.raises(CheckpointError, match="does not cover the committed steps once each"):
+        list(read_history(store, 5))
+
+
+def test_uncommitted_ledgers_are_no_history(store: Store) -> None:
+    for start, stop in [(0, 3), (3, 9)]:
+        store.put(ledger_key(start, stop), encode_ledger([(step, [(step, 1)]) for step in range(start, stop)]))
+    assert [step for step, _ in read_history(store, 3)] == [0, 1, 2]
+    delete_after(store, 3)
+    assert [info.key for info in store.list("ledger/")] == [ledger_key(0, 3)]
+
+
+def test_run_without_commit_discards_every_ledger(store: Store) -> None:
+    store.put(ledger_key(0, 3), encode_ledger([]))
+    discard_after(store, None)
+    assert not list(store.list("ledger/"))
+
+
+def test_checkpoint_comes_back_from_a_bucket(s3_env: Any) -> None:
+    bucket = open_store(f"s3://{s3_env.make_bucket()}/run")
+    for step in (1, 2):
+        write_checkpoint(bucket, snapshot(step), 1)
+    commit = latest_commit(bucket)
+    assert commit is not None
+    teacher = load_teacher(bucket, commit)
+    assert all(torch.equal(tensor.flatten(), state(2)[f"{name}/ema"]) for name, tensor in teacher.items())
+    assert [step for step, _ in read_history(bucket, commit.step)] == [0, 1]
+    assert len(list(bucket.list("checkpoints/"))) == 3  # marker, manifest, one shard
