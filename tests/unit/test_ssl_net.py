@@ -139,7 +139,7 @@ def test_no_two_parameters_share_their_draws() -> None:
 
 
 def test_initial_weights_have_their_distributions() -> None:
-    net = build_ssl_net(tiny_recipe(arch="vit_micro14"))
+    net = build_ssl_net(tiny_recipe(arch="vit_ti14"))
     for name, values in weights(net).items():
         if name.endswith("gamma"):
             assert bool((values == 1e-5).all())
@@ -152,6 +152,14 @@ def test_initial_weights_have_their_distributions() -> None:
         else:
             assert values.std().item() == pytest.approx(0.02, rel=0.1), name
             assert values.mean().abs() < 0.005
+
+
+def test_small_archs_draw_matrices_by_their_fan_in() -> None:
+    net = build_ssl_net(tiny_recipe(arch="vit_micro14"))
+    for name, module in net.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            assert module.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.15), name
 
 
 def test_bf16_student_gives_finite_losses_in_fp32() -> None:

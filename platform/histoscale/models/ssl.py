@@ -76,5 +76,5 @@ def build_ssl_net(recipe: Recipe) -> SSLNet:
     with torch.device("meta"):
         net = SSLNet(recipe)
     net.to_empty(device="cpu")
-    initialise(net, recipe.seed)
+    initialise(net, recipe.seed, ARCHS[recipe.model.arch].init_std)
     return net

@@ -1,0 +1,104 @@
+"""What every job script shares: its cluster, its exit status and its places."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import ray
+
+from histoscale.errors import ClusterError, HistoscaleError
+from histoscale.storage import is_remote
+
+DIAGNOSED = 2
+INTERRUPTED = 130
+MIN_LOCAL_CPUS = 8  # logical: a trainer, its readers and the job must fit on a laptop with two cores
+
+# Set for every process of a job; jobs/runtime_env.yaml repeats them, and a test compares the two.
+ENVIRONMENT = {
+    "RAY_JOB_STOP_WAIT_TIME_S": "120",  # `ray job stop` kills after 3 s unless told that a checkpoint takes longer
+    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "-1",  # a long checkpoint is no reason to end the stream
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # of a dead rank's group; the default holds a restart up for 30 s
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+def run_job(main: Callable[[], None]) -> NoReturn:
+    """Run a job's main function; a diagnosis becomes the last line and exit status 2."""
+    try:
+        main()
+    except HistoscaleError as error:
+        ray.shutdown()
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(DIAGNOSED)
+    except KeyboardInterrupt:
+        ray.shutdown()
+        sys.stderr.write("interrupted: run the same command again to go on\n")
+        sys.exit(INTERRUPTED)
+    sys.exit(0)
+
+
+def connect() -> None:
+    """Join the cluster of this job, or start one on this machine when the script is run directly.
+
+    Raises:
+        ClusterError: `RAY_ADDRESS` names a cluster that does not answer.
+    """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports every start, end and missing bar
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                "the Ray cluster does not answer",
+                value=address,
+                expected="the address of a running cluster in RAY_ADDRESS",
+                remedy="start one with `ray start --head`, or unset RAY_ADDRESS to run on this machine alone",
+            ) from error
+        return
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    ray.init(
+        address="local",
+        num_cpus=max(MIN_LOCAL_CPUS, os.cpu_count() or 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+
+
+def inside_a_job() -> bool:
+    """Whether this process was started by `ray job submit`."""
+    return _JOB_CONFIG in os.environ
+
+
+def job_name() -> str:
+    """The submission id of this job, or the process when the script was run directly."""
+    metadata = json.loads(os.environ.get(_JOB_CONFIG, "{}")).get("metadata", {})
+    return str(metadata.get("job_submission_id", f"process {os.getpid()}"))
+
+
+def location(text: str, what: str) -> str:
+    """A place that every node of the cluster understands: an s3:// URI or an absolute path.
+
+    Raises:
+        ClusterError: A relative path inside a submitted job, where it would name a folder that is thrown away.
+    """
+    if is_remote(text):
+        return text.rstrip("/")
+    path = Path(text.removeprefix("file://")).expanduser()
+    if not path.is_absolute() and inside_a_job():
+        raise ClusterError(
+            f"{what} is a relative path",
+            value=text,
+            expected="an absolute path or an s3:// URI",
+            remedy="a submitted job runs in a temporary copy of the working directory, so say where from the root on",
+        )
+    return str(path.absolute())

@@ -1,0 +1,223 @@
+"""From a recipe, an index and a run folder to a trained run: the driver's side."""
+
+import contextlib
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import ray
+from ray.train.torch import TorchConfig
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from histoscale.cluster.control import ControlHandle, Progress, Wish, start_control
+from histoscale.cluster.failures import ElasticTorchTrainer, diagnosis_in
+from histoscale.cluster.lease import Lease
+from histoscale.cluster.resources import resolve_device, wait_for_resources
+from histoscale.cluster.run_folder import (
+    DEFAULT_PRECISION,
+    check_same_experiment,
+    read_run,
+    resolve_precision,
+    start_run,
+)
+from histoscale.cluster.worker import WorkerSpec, committed_step, train_worker
+from histoscale.config.recipe import Recipe
+from histoscale.errors import RunError
+from histoscale.sampling.plan import Plan
+from histoscale.sampling.spec import PlanSpec
+from histoscale.slides.index import read_index
+from histoscale.storage import Store, open_store
+from histoscale.stream.feed import FeedSpec, PlanFeed
+
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class PretrainRequest:
+    """One call of the job: what to train, on which slides, into which folder, for whom."""
+
+    recipe: Recipe
+    index_uri: str
+    run_uri: str
+    holder: str
+
+
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A request whose recipe, index and run folder fit each other; nothing was written yet."""
+
+    request: PretrainRequest
+    store: Store
+    plan: Plan
+    snapshot_id: str
+    stored: Recipe | None
+
+
+@dataclass(frozen=True)
+class PretrainOutcome:
+    """How a call ended: at which step of how many, and whether a stop was asked for."""
+
+    step: int
+    steps: int
+    stopped: bool
+
+
+def check_request(request: PretrainRequest) -> CheckedRequest:
+    """Check what can be checked without a cluster.
+
+    Raises:
+        HistoscaleError: The index cannot be read, no slide serves a magnification, or the run folder is another's.
+    """
+    index = read_index(open_store(request.index_uri))
+    plan = Plan(PlanSpec.from_recipe(request.recipe), index.records)
+    store = open_store(request.run_uri)
+    stored = read_run(store)
+    if stored is not None:
+        recipe = resolve_precision(request.recipe, stored.precision)
+        check_same_experiment(store, recipe, stored, index.snapshot_id)
+    return CheckedRequest(request, store, plan, index.snapshot_id, stored)
+
+
+def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOutcome:
+    """Train the run to its end, from its last commit on.
+
+    Args:
+        checked: What to train.
+        tell: Called with one line at a time for a person to read.
+
+    Raises:
+        HistoscaleError: Whatever is wrong with the lease, the cluster or the training.
+    """
+    request, store, plan = checked.request, checked.store, checked.plan
+    device = resolve_device(request.recipe.cluster)
+    default = checked.stored.precision if checked.stored else DEFAULT_PRECISION[device]
+    recipe = resolve_precision(request.recipe, default)
+    for line in plan.report():
+        tell(f"{line.mpp:g} um/px: {line.slides} slides serve it, {line.places:,} places")
+    with Lease(store, request.holder) as lease:
+        if checked.stored is None:
+            start_run(store, recipe, request.index_uri, checked.snapshot_id)
+        start = committed_step(request.run_uri)
+        if start >= recipe.steps:
+            tell(f"run {store.uri} is complete: {start} steps")
+            return PretrainOutcome(start, recipe.steps, stopped=False)
+        tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
+        wait_for_resources(recipe.cluster, device, tell)
+        feed = FeedSpec.from_recipe(recipe, plan, request.index_uri, Path(tempfile.gettempdir()) / "histoscale-slides")
+        _run_to_the_end(store, recipe, device, feed, lease, tell)
+        step = committed_step(request.run_uri)
+        return PretrainOutcome(step, recipe.steps, stopped=step < recipe.steps)
+
+
+def _run_to_the_end(
+    store: Store, recipe: Recipe, device: str, feed: FeedSpec, lease: Lease, tell: Callable[[str], None]
+) -> None:
+    control = start_control()
+    spec = WorkerSpec(recipe, store.uri, device, feed, control)
+    cluster = recipe.cluster
+    with tempfile.TemporaryDirectory(prefix="histoscale-train-") as scratch, _watching(control, lease, tell):
+        trainer = ElasticTorchTrainer(
+            train_worker,
+            train_loop_config={"spec": spec},
+            torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=cluster.workers,
+                use_gpu=device == "cuda",
+                resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if device == "cuda" else {}),
+            ),
+            datasets=PlanFeed.placeholder(),
+            dataset_config=PlanFeed(feed, lambda: committed_step(store.uri)),
+            run_config=RunConfig(
+                name="attempt",
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=cluster.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _explain(error, cluster.max_failures) from error
+
+
+def _explain(error: TrainingFailedError, max_failures: int) -> Exception:
+    diagnosis = diagnosis_in(error)
+    if diagnosis is not None:
+        return diagnosis
+    last_line = str(error).strip().splitlines()[-1]
+    return RunError(
+        f"the workers failed more often than cluster.max_failures = {max_failures} allows",
+        value=last_line,
+        expected="workers that live",
+        remedy="see the job's log for the reason, then run the same command again to resume from the last commit",
+    )
+
+
+@contextlib.contextmanager
+def _watching(control: ControlHandle, lease: Lease, tell: Callable[[str], None]) -> Iterator[None]:
+    """Show progress, pass a SIGTERM on as the wish to commit and stop, and a lost lease as that to abandon."""
+    asked, done = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        printer = _ProgressPrinter(tell)
+        passed_on = Wish.GO_ON
+        while not done.wait(_POLL_S):
+            wish = Wish.ABANDON if lease.lost else Wish.COMMIT_AND_STOP if asked.is_set() else Wish.GO_ON
+            if wish is not passed_on:
+                tell(f"asking the workers to {wish.value}")
+                ray.get(control.want.remote(wish))
+                passed_on = wish
+            printer.show(ray.get(control.drain.remote()))
+        printer.show(ray.get(control.drain.remote()), last=True)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        asked.set()
+
+    watcher = threading.Thread(target=watch, name="watch", daemon=True)
+    previous = signal.signal(signal.SIGTERM, on_signal)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        signal.signal(signal.SIGTERM, previous)
+
+
+class _ProgressPrinter:
+    """At most one line in two seconds, and every committed step."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._next_s = 0.0
+        self._first: tuple[int, float] | None = None
+
+    def show(self, told: list[Progress], last: bool = False) -> None:
+        for progress in told:
+            now_s = time.monotonic()
+            self._first = self._first or (progress.step, now_s)
+            if progress.note or now_s >= self._next_s or (last and progress is told[-1]):
+                self._next_s = now_s + 2.0
+                self._tell(self._line(progress, now_s))
+
+    def _line(self, progress: Progress, now_s: float) -> str:
+        first_step, first_s = self._first or (progress.step, now_s)
+        steps_done = progress.step - first_step
+        eta = "" if not steps_done else _eta((now_s - first_s) / steps_done * (progress.steps - progress.step))
+        losses = " ".join(f"{name} {value:.4f}" for name, value in progress.losses.items())
+        note = f" | {progress.note}" if progress.note else ""
+        return (
+            f"step {progress.step}/{progress.steps} | {losses} | lr {progress.lr:.2e}"
+            f" | {progress.tiles_per_s:.1f} tiles/s, {progress.wait_share:.0%} waiting{eta}{note}"
+        )
+
+
+def _eta(seconds: float) -> str:
+    minutes, seconds_left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f" | ETA {hours}:{minutes:02d}:{seconds_left:02d}"

@@ -1,0 +1,72 @@
+"""What a run needs of the cluster, and waiting until it is there."""
+
+import time
+from collections.abc import Callable
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+from histoscale.config.recipe import ClusterSection
+from histoscale.errors import ClusterError
+
+_POLL_S = 2.0
+_PLANNER_CPUS = 1
+
+
+def resolve_device(cluster: ClusterSection) -> str:
+    """`cuda` or `cpu`: as the recipe says, or by what the cluster has now."""
+    if cluster.device != "auto":
+        return cluster.device
+    return "cuda" if _resources().get("GPU", 0.0) >= 1.0 else "cpu"
+
+
+def needed_resources(cluster: ClusterSection, device: str) -> dict[str, float]:
+    """CPUs and GPUs that the workers, the readers and the task that lists the plan take together."""
+    needed = {"CPU": float(cluster.workers * cluster.cpus_per_worker + cluster.readers + _PLANNER_CPUS)}
+    if device == "cuda":
+        needed["GPU"] = float(cluster.workers)
+    return needed
+
+
+def wait_for_resources(
+    cluster: ClusterSection, device: str, tell: Callable[[str], None], poll_s: float = _POLL_S
+) -> None:
+    """Ask an autoscaler for what is missing, and wait until it is there.
+
+    Raises:
+        ClusterError: It was not there within `cluster.start_timeout_s`.
+    """
+    needed = needed_resources(cluster, device)
+    deadline_s = time.monotonic() + cluster.start_timeout_s
+    asked = False
+    while missing := _missing(needed):
+        if not asked:
+            request_resources(bundles=_bundles(cluster, device))
+            tell(f"waiting up to {cluster.start_timeout_s:g} s for {missing} more")
+            asked = True
+        if time.monotonic() >= deadline_s:
+            raise ClusterError(
+                "the cluster is too small for the run",
+                value=f"{missing} missing after {cluster.start_timeout_s:g} s",
+                expected=" and ".join(f"{count:g} {name}" for name, count in needed.items()),
+                remedy="add nodes, or lower cluster.workers, cluster.cpus_per_worker or cluster.readers with --set",
+            )
+        time.sleep(poll_s)
+    if asked:
+        request_resources(bundles=[])  # from here on the trainer and the stream ask for themselves
+
+
+def _resources() -> dict[str, float]:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
+
+
+def _missing(needed: dict[str, float]) -> str:
+    there = _resources()
+    short = {name: count - there.get(name, 0.0) for name, count in needed.items()}
+    return " and ".join(f"{count:g} {name}" for name, count in short.items() if count > 0)
+
+
+def _bundles(cluster: ClusterSection, device: str) -> list[dict[str, float]]:
+    worker = {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if device == "cuda" else {})
+    return [worker] * cluster.workers + [{"CPU": 1.0}] * (cluster.readers + _PLANNER_CPUS)

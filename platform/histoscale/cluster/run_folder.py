@@ -1,0 +1,84 @@
+"""The run folder: what a run is, written once and compared at every resume."""
+
+import json
+
+from histoscale.config.decode import decode_recipe, differences, dump_recipe, fingerprint, parse_yaml
+from histoscale.config.recipe import Recipe
+from histoscale.errors import RunError
+from histoscale.storage import Store
+
+RECIPE_KEY = "recipe.yaml"
+INDEX_KEY = "index.json"
+DEFAULT_PRECISION = {"cuda": "bf16", "cpu": "fp32"}
+_MAY_COME_FIRST = {"lease.json"}
+
+
+def resolve_precision(recipe: Recipe, default: str) -> Recipe:
+    """The recipe with `precision: auto` settled as `default`: that of the run, or of the device."""
+    return recipe if recipe.precision != "auto" else recipe.model_copy(update={"precision": default})
+
+
+def read_run(store: Store) -> Recipe | None:
+    """The recipe that a run folder records, or None where no run was started.
+
+    Raises:
+        RunError: The folder holds something else.
+        RecipeError: Its recipe was written by another version.
+    """
+    if store.exists(RECIPE_KEY):
+        return decode_recipe(parse_yaml(store.get(RECIPE_KEY).decode(), RECIPE_KEY), source=f"{store.uri}/{RECIPE_KEY}")
+    strangers = [info.key for info in store.list() if info.key not in _MAY_COME_FIRST and info.key != INDEX_KEY]
+    if strangers:
+        raise RunError(
+            f"{store.uri} holds something else than a run",
+            value=strangers[0],
+            expected="an empty folder or the folder of a run",
+            remedy="give another place with --out",
+        )
+    return None
+
+
+def require_run(store: Store) -> Recipe:
+    """The recipe of a run that exists.
+
+    Raises:
+        RunError: There is none.
+    """
+    recipe = read_run(store)
+    if recipe is None:
+        raise RunError(
+            f"{store.uri} is not a run folder",
+            expected="the --out of jobs/pretrain.py",
+            remedy="start a run there first, or correct the path",
+        )
+    return recipe
+
+
+def check_same_experiment(store: Store, recipe: Recipe, stored: Recipe, snapshot_id: str) -> None:
+    """Refuse to go on with a run under another recipe or another index.
+
+    Raises:
+        RunError: A field of the experiment or the snapshot of the index differs.
+    """
+    if fingerprint(recipe) != fingerprint(stored):
+        raise RunError(
+            f"run {store.uri} was started with another recipe",
+            value="; ".join(differences(recipe, stored)),
+            expected="the recipe that the run records (only `cluster` may change)",
+            remedy="undo these changes to resume, or give a new --out to start another run",
+        )
+    recorded = json.loads(store.get(INDEX_KEY))["snapshot_id"]
+    if recorded != snapshot_id:
+        raise RunError(
+            f"run {store.uri} was started on another index",
+            value=snapshot_id,
+            expected=f"snapshot {recorded}",
+            remedy="give the index that the run was started on, or a new --out to start another run",
+        )
+
+
+def start_run(store: Store, recipe: Recipe, index_uri: str, snapshot_id: str) -> None:
+    """Record what the run is; the recipe comes last, so that a folder with one is complete."""
+    index = {"index": index_uri, "snapshot_id": snapshot_id}
+    store.put(INDEX_KEY, json.dumps(index, indent=1).encode())
+    store.put(RECIPE_KEY, dump_recipe(recipe).encode())

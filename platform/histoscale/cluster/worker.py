@@ -1,0 +1,144 @@
+"""What every worker of a run does: take its replicas' tiles, take the steps, commit, tell."""
+
+import time
+from dataclasses import dataclass
+
+import ray.train
+import torch
+from ray.train.torch import get_device
+
+from histoscale.checkpoint.reader import latest_commit
+from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Wish
+from histoscale.config.recipe import Recipe
+from histoscale.errors import RunError
+from histoscale.observe.metrics import MetricsWriter
+from histoscale.storage import open_store
+from histoscale.stream.feed import DATASET, FeedSpec, RankFeed
+from histoscale.train.step import StepMetrics
+from histoscale.train.trainer import Trainer, build_trainer
+
+PROGRESS_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything that a worker needs to know, the same for each of them."""
+
+    recipe: Recipe
+    run_uri: str
+    device: str
+    feed: FeedSpec
+    control: ControlHandle
+
+
+def committed_step(run_uri: str) -> int:
+    """The step that a run goes on from: that of its newest commit, or 0."""
+    commit = latest_commit(open_store(run_uri))
+    return commit.step if commit else 0
+
+
+def train_worker(config: dict[str, WorkerSpec]) -> None:
+    """The function that Ray Train runs on every worker of every attempt."""
+    spec = config["spec"]
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(spec.recipe.cluster.cpus_per_worker)
+    device = get_device() if spec.device == "cuda" else torch.device("cpu")
+    trainer = build_trainer(spec.recipe, device, open_store(spec.run_uri))
+    start = trainer.resume()
+    tiles = ray.train.get_dataset_shard(DATASET)
+    feed = RankFeed(tiles, spec.feed.plan, rank, workers, start, spec.recipe.steps)
+    if rank == 0:
+        _lead(spec, trainer, feed, start)
+    else:
+        _follow(spec, trainer, feed, start)
+
+
+def _follow(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> None:
+    for step in range(start, spec.recipe.steps):
+        metrics = trainer.step(step, feed.micro_batches(step))
+        if _commit_if_due(spec.recipe, trainer, step, metrics) and metrics.stop:
+            return
+
+
+def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> None:
+    line = ControlLine(spec.control)
+    writer = MetricsWriter(open_store(spec.run_uri), start)
+    clock = _Clock(spec.recipe.batch.tiles)
+    try:
+        for step in range(start, spec.recipe.steps):
+            _require_the_run(line, spec.run_uri)
+            micro_batches = feed.micro_batches(step)
+            metrics = trainer.step(step, micro_batches, stop_requested=line.wish is Wish.COMMIT_AND_STOP)
+            timing = clock.tick(feed.wait_s)
+            writer.write(step, _scalars(metrics) | timing)
+            committed = _commit_if_due(spec.recipe, trainer, step, metrics)
+            if committed:
+                writer.publish()
+            line.tell(_progress(spec.recipe, step, metrics, timing, committed))
+            if committed and metrics.stop:
+                return
+    finally:
+        writer.close()
+
+
+def _require_the_run(line: ControlLine, run_uri: str) -> None:
+    if line.wish is Wish.ABANDON:
+        raise RunError(
+            f"run {run_uri} was taken over by another job",
+            expected="a heartbeat of this job every few seconds",
+            remedy="follow that job; this one was silent for too long",
+        )
+
+
+def _commit_if_due(recipe: Recipe, trainer: Trainer, step: int, metrics: StepMetrics) -> bool:
+    done = step + 1
+    due = done % recipe.checkpoint.every_steps == 0 or done == recipe.steps or metrics.stop
+    if due:
+        trainer.save(done)
+    return due
+
+
+def _progress(recipe: Recipe, step: int, metrics: StepMetrics, timing: dict[str, float], committed: bool) -> Progress:
+    return Progress(
+        step=step + 1,
+        steps=recipe.steps,
+        losses={"loss": metrics.loss, "dino": metrics.dino, "ibot": metrics.ibot, "kde": metrics.kde},
+        lr=metrics.lr,
+        tiles_per_s=timing["time/tiles_per_s"],
+        wait_share=timing["time/wait_share"],
+        note="checkpoint committed" if committed else "",
+    )
+
+
+def _scalars(metrics: StepMetrics) -> dict[str, float]:
+    return {
+        "loss/total": metrics.loss,
+        "loss/dino": metrics.dino,
+        "loss/ibot": metrics.ibot,
+        "loss/kde": metrics.kde,
+        "optim/grad_norm": metrics.grad_norm,
+        "optim/lr": metrics.lr,
+        "optim/weight_decay": metrics.weight_decay,
+        "optim/ema_momentum": metrics.ema_momentum,
+        "optim/teacher_temperature": metrics.teacher_temperature,
+        "progress/images_seen": float(metrics.images_seen),
+    }
+
+
+class _Clock:
+    """Seconds per step, and the share of them that went into waiting for tiles."""
+
+    def __init__(self, tiles: int) -> None:
+        self._tiles = tiles
+        self._last_s = time.monotonic()
+
+    def tick(self, wait_s: float) -> dict[str, float]:
+        now_s = time.monotonic()
+        step_s, self._last_s = now_s - self._last_s, now_s
+        return {
+            "time/step_s": step_s,
+            "time/wait_s": wait_s,
+            "time/wait_share": min(1.0, wait_s / step_s),
+            "time/tiles_per_s": self._tiles / step_s,
+        }

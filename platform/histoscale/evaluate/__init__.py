@@ -1,0 +1,1 @@
+"""What an embedding is worth: probes on labelled tiles, beside baselines that it must beat."""

@@ -1,0 +1,48 @@
+"""The two backbones of a run that are of use outside of it: the trained teacher, and what the run began with."""
+
+from torch import Tensor
+
+from histoscale.checkpoint.manifest import Commit
+from histoscale.checkpoint.reader import latest_commit, load_teacher_backbone, require_recipe
+from histoscale.config.archs import ARCHS
+from histoscale.config.decode import fingerprint
+from histoscale.config.recipe import Recipe
+from histoscale.errors import CheckpointError
+from histoscale.models import VisionTransformer, build_ssl_net
+from histoscale.storage import Store
+
+
+def trained_backbone(run_store: Store, recipe: Recipe) -> tuple[VisionTransformer, Commit]:
+    """Backbone of the EMA teacher at the newest commit of a run, in fp32 on the CPU, and that commit.
+
+    Raises:
+        CheckpointError: The run has no commit, or its newest one is damaged or of another network.
+    """
+    commit = latest_commit(run_store)
+    if commit is None:
+        raise CheckpointError(
+            f"run {run_store.uri} has no checkpoint yet",
+            expected="one commit or more",
+            remedy="run jobs/pretrain.py until it says that a checkpoint is committed",
+        )
+    require_recipe(commit, fingerprint(recipe))
+    return _backbone(recipe, load_teacher_backbone(run_store, commit)), commit
+
+
+def initial_backbone(recipe: Recipe) -> VisionTransformer:
+    """The same network before the first step: its weights are a function of the recipe's seed."""
+    return build_ssl_net(recipe).backbone.eval()
+
+
+def _backbone(recipe: Recipe, weights: dict[str, Tensor]) -> VisionTransformer:
+    backbone = VisionTransformer(ARCHS[recipe.model.arch], recipe.crops.global_px)
+    try:
+        backbone.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            "the checkpoint holds another network than the recipe says",
+            value=" ".join(str(error).split())[:300],
+            expected=f"the weights of {recipe.model.arch} for crops of {recipe.crops.global_px} px",
+            remedy="restore the recipe.yaml that the run was started with",
+        ) from error
+    return backbone.eval()

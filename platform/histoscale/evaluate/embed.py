@@ -1,0 +1,46 @@
+"""The embedding of a tile: class token, followed by the mean of the patch tokens (as Virchow2's model card has it).
+
+Shape suffixes: B tiles, T tokens, D width of the backbone.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from histoscale.augment.colour import normalise
+from histoscale.evaluate.dataset import Tile
+from histoscale.evaluate.features import FloatArray
+from histoscale.models import VisionTransformer
+
+
+class Embedder:
+    """Turns tiles into embeddings, at the scale that they come in, resized to the side the model was trained at.
+
+    Args:
+        backbone: In evaluation mode; moved to `device`.
+        image_px: Side of the images that the backbone sees.
+        device: Where it runs.
+    """
+
+    def __init__(self, backbone: VisionTransformer, image_px: int, device: torch.device) -> None:
+        self._backbone = backbone.to(device)
+        self._image_px = image_px
+        self._device = device
+
+    @torch.inference_mode()
+    def __call__(self, tiles: Sequence[Tile]) -> FloatArray:
+        """Embeddings float32 [B, 2D]."""
+        pixels = np.stack([_resize(tile, self._image_px) for tile in tiles])
+        images_B3HW = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float() / 255.0
+        tokens_BTD = self._backbone(normalise(images_B3HW))
+        patches = tokens_BTD[:, self._backbone.prefix_tokens :]
+        embeddings: FloatArray = torch.cat([tokens_BTD[:, 0], patches.mean(dim=1)], dim=1).cpu().numpy()
+        return embeddings
+
+
+def _resize(tile: Tile, side_px: int) -> Tile:
+    """A square of `side_px`; what a tile that is not square has too much is cut off evenly at both ends."""
+    # Pillow's resize filters over the whole footprint of an output pixel: no aliasing when it shrinks.
+    return np.asarray(ImageOps.fit(Image.fromarray(tile), (side_px, side_px), Image.Resampling.BICUBIC))

@@ -1,0 +1,330 @@
+"""Probes on features with known answers, refusals of datasets, and a report that reads back as it was written."""
+
+import io
+import pickle
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from histoscale.checkpoint.manifest import Commit
+from histoscale.config.decode import decode_recipe, fingerprint
+from histoscale.config.recipe import Recipe
+from histoscale.errors import CheckpointError, DatasetError
+from histoscale.evaluate import backbone as backbone_module
+from histoscale.evaluate import report as report_module
+from histoscale.evaluate.backbone import initial_backbone, trained_backbone
+from histoscale.evaluate.baselines import colour_statistics
+from histoscale.evaluate.dataset import LabelledTiles, decode_tile, open_dataset
+from histoscale.evaluate.embed import Embedder
+from histoscale.evaluate.features import extract
+from histoscale.evaluate.probes import (
+    NEIGHBOURS,
+    SPLITS,
+    TEMPERATURE,
+    predict_knn,
+    predict_linear,
+    probe_features,
+    split,
+)
+from histoscale.evaluate.report import (
+    COLOUR,
+    PRETRAINED,
+    UNTRAINED,
+    EvaluationReport,
+    decode,
+    encode,
+    evaluate_run,
+    latest_report,
+)
+from histoscale.storage import open_store
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def tiny_recipe() -> Recipe:
+    return decode_recipe(
+        {
+            "data": {"region_px": 64},
+            "batch": {"tiles": 4, "replicas": 2},
+            "model": {"arch": "vit_test14", "drop_path": 0.0},
+            "heads": {"dino_prototypes": 8, "ibot_prototypes": 8, "hidden_dim": 8},
+            "crops": {"global_px": 28, "local_px": 14},
+            "schedule": {"images": 8},
+        }
+    )
+
+
+def commit_of(recipe: Recipe, step: int = 7) -> Commit:
+    return Commit(step, step * 4, fingerprint(recipe), f"checkpoints/step-{step:08d}.aa/", {}, 0, None, {})
+
+
+def write_tile(path: Path, colour: tuple[int, int, int], side_px: int = 30) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(zlib.crc32(path.name.encode())).integers(0, 20, (side_px, side_px, 3))
+    Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path)
+
+
+def two_classes(folder: Path, count: int = 6) -> Path:
+    for index in range(count):
+        write_tile(folder / "blue" / f"{index}.png", (20, 20, 200))
+        write_tile(folder / "red" / f"{index}.jpg", (200, 20, 20))
+    return folder
+
+
+def clusters(
+    per_class: int, width: int, distance: float, seed: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(3), per_class)
+    centres = rng.normal(size=(3, width)) * distance
+    return (centres[labels] + rng.normal(size=(len(labels), width))).astype(np.float32), labels
+
+
+def test_dataset_lists_classes_and_tiles_in_sorted_order(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    (tmp_path / "notes.png").write_bytes(b"outside of a class")
+    (tmp_path / "red" / "notes.txt").write_text("no image")
+    (tmp_path / "red" / ".hidden.png").write_bytes(b"")
+    write_tile(tmp_path / "blue" / "deeper" / "x.tif", (0, 0, 255))
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.classes == ("blue", "red")
+    assert dataset.counts() == {"blue": 7, "red": 6}
+    assert [key.split("/")[0] for key in dataset.keys] == [dataset.classes[label] for label in dataset.labels]
+    assert dataset.describe(0) == "blue #0"
+    assert dataset.describe(12) == "red #5"
+
+
+@pytest.mark.parametrize("make", [lambda folder: None, lambda folder: (folder / "empty").mkdir(parents=True)])
+def test_dataset_without_tiles_is_refused(tmp_path: Path, make: object) -> None:
+    make(tmp_path / "data")  # type: ignore[operator]
+    with pytest.raises(DatasetError, match="no labelled tiles"):
+        open_dataset(str(tmp_path / "data"))
+
+
+def test_dataset_of_one_class_is_refused(tmp_path: Path) -> None:
+    for index in range(6):
+        write_tile(tmp_path / "only" / f"{index}.png", (9, 9, 9))
+    with pytest.raises(DatasetError, match=r"one class only \(got 'only'"):
+        open_dataset(str(tmp_path))
+
+
+def test_dataset_with_a_small_class_is_refused_with_its_count(tmp_path: Path) -> None:
+    two_classes(tmp_path, count=4)
+    open_dataset(str(tmp_path))
+    (tmp_path / "red" / "0.jpg").unlink()
+    with pytest.raises(DatasetError, match="red: 3"):
+        open_dataset(str(tmp_path))
+
+
+def test_unreadable_tiles_are_counted_and_named_without_their_file_names(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    whole = (tmp_path / "red" / "3.jpg").read_bytes()
+    (tmp_path / "red" / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "blue" / "5.png").write_bytes(b"not an image")
+    for index in range(12):
+        (tmp_path / "red" / f"planted-name-{index:02d}.png").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"14 of 24 tiles cannot be read .*blue #5, red #3, .* and 4 more") as caught:
+        extract(open_dataset(str(tmp_path)), {"colour": colour_statistics}, batch_tiles=5)
+    assert "planted" not in str(caught.value)
+
+
+def test_tiles_of_every_kind_decode_to_rgb() -> None:
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    for kind in ("PNG", "TIFF"):
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, kind)
+        np.testing.assert_array_equal(decode_tile(data.getvalue()), pixels)
+    gray = io.BytesIO()
+    Image.fromarray(pixels[..., 0]).save(gray, "PNG")
+    np.testing.assert_array_equal(decode_tile(gray.getvalue()), np.repeat(pixels[..., :1], 3, axis=2))
+    assert decode_tile(b"") is None
+
+
+def test_features_come_in_the_order_of_the_tiles_whatever_the_batch(tmp_path: Path) -> None:
+    dataset = open_dataset(str(two_classes(tmp_path)))
+    whole = extract(dataset, {"colour": colour_statistics}, batch_tiles=100)
+    pieces = extract(dataset, {"colour": colour_statistics}, batch_tiles=5)
+    one_by_one = [colour_statistics([decode_tile(dataset.store.get(key))]) for key in dataset.keys]
+    np.testing.assert_array_equal(whole.by_name["colour"], pieces.by_name["colour"])
+    np.testing.assert_array_equal(whole.by_name["colour"], np.concatenate(one_by_one))
+    assert whole.content_hash == pieces.content_hash
+
+
+def test_content_hash_follows_content_and_not_place(tmp_path: Path) -> None:
+    here = extract(open_dataset(str(two_classes(tmp_path / "a"))), {}).content_hash
+    assert extract(open_dataset(str(two_classes(tmp_path / "b"))), {}).content_hash == here
+    write_tile(tmp_path / "b" / "red" / "0.jpg", (0, 255, 0))
+    assert extract(open_dataset(str(tmp_path / "b")), {}).content_hash != here
+
+
+def test_colour_statistics_have_the_values_of_the_definition() -> None:
+    tile = np.zeros((10, 10, 3), dtype=np.uint8)
+    tile[:5, :, 0] = 255
+    tile[..., 1] = 51
+    found = colour_statistics([tile])[0].reshape(7, 3)
+    np.testing.assert_allclose(found[:, 0], [0.5, 0.5, 0, 0, 0.5, 1, 1], atol=1e-6)
+    np.testing.assert_allclose(found[:, 1], [0.2, 0, 0.2, 0.2, 0.2, 0.2, 0.2], atol=1e-6)
+    assert not found[:, 2].any()
+
+
+def test_embedding_is_class_token_and_mean_of_patches_of_the_normalised_image() -> None:
+    recipe = tiny_recipe()
+    backbone = initial_backbone(recipe)
+    tile = np.random.default_rng(0).integers(0, 255, (28, 28, 3), dtype=np.uint8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    image = (torch.from_numpy(tile).permute(2, 0, 1) / 255.0 - mean) / std
+    with torch.no_grad():
+        tokens = backbone(image[None])[0]
+    expected = torch.cat([tokens[0], tokens[2:].mean(0)])  # one register stands between
+    found = Embedder(backbone, 28, torch.device("cpu"))([tile, tile])
+    assert found.shape == (2, 64)
+    np.testing.assert_allclose(found[0], expected.numpy(), atol=1e-5)
+
+
+def test_tiles_are_resized_without_aliasing_and_cut_to_a_square() -> None:
+    seen: list[torch.Tensor] = []
+
+    class Recorder(torch.nn.Module):
+        prefix_tokens = 1
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(images)
+            return torch.zeros(len(images), 2, 4)
+
+    stripes = np.zeros((112, 224, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255  # finer than the output can show: filtered, it is even grey
+    Embedder(Recorder(), 28, torch.device("cpu"))([stripes])  # type: ignore[arg-type]
+    assert seen[0].shape == (1, 3, 28, 28)
+    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    assert float((seen[0] * std).std(dim=(2, 3)).max()) < 0.02
+
+
+def test_split_divides_every_class_alike_and_follows_the_seed_only() -> None:
+    labels = np.repeat([0, 1, 2], [4, 10, 100])
+    train, test = split(labels, 0)
+    assert sorted([*train, *test]) == list(range(114))
+    assert np.bincount(labels[test]).tolist() == [1, 3, 30]
+    np.testing.assert_array_equal(split(labels, 0)[1], test)
+    assert set(split(labels, 1)[1]) != set(test)
+
+
+def test_knn_equals_loops_over_every_pair() -> None:
+    features, labels = clusters(per_class=25, width=6, distance=0.4)
+    train, test = split(labels, 0)
+    center = features[train].mean(axis=0)
+    expected = []
+    for row in test:
+        votes: dict[int, float] = {}
+        query = features[row] - center
+        scored = []
+        for other in train:
+            neighbour = features[other] - center
+            cosine = float(query @ neighbour) / float(np.linalg.norm(query) * np.linalg.norm(neighbour))
+            scored.append((cosine, int(labels[other])))
+        for cosine, label in sorted(scored, reverse=True)[:NEIGHBOURS]:
+            votes[label] = votes.get(label, 0.0) + np.exp(cosine / TEMPERATURE)
+        expected.append(max(votes, key=lambda label: votes[label]))
+    found = predict_knn(features[train], labels[train], features[test])
+    assert found.tolist() == expected
+    assert 0.4 < float((found == labels[test]).mean()) < 1.0  # a case with mistakes, so that the votes matter
+
+
+def test_knn_does_with_fewer_rows_than_neighbours_and_with_a_shared_direction() -> None:
+    features, labels = clusters(per_class=5, width=8, distance=5.0)
+    predicted = predict_knn(features + 1000.0, labels, features + 1000.0)
+    assert predicted.tolist() == labels.tolist()
+
+
+def test_linear_probe_finds_a_direction_of_small_scale() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.tile([0, 1], 100)
+    features = rng.normal(size=(200, 4)).astype(np.float32) * 100.0
+    features[:, 2] = (labels - 0.5) * 1e-3 + rng.normal(size=200) * 1e-4
+    assert (predict_linear(features[:100], labels[:100], features[100:]) == labels[100:]).mean() > 0.95
+
+
+def test_probes_are_perfect_on_clear_clusters_and_at_chance_on_noise() -> None:
+    features, labels = clusters(per_class=40, width=16, distance=4.0)
+    for figure in probe_features("clear", features, labels):
+        assert figure.values == pytest.approx([1.0] * SPLITS)
+        assert figure.std == 0.0
+    noise = np.random.default_rng(1).normal(size=features.shape).astype(np.float32)
+    for figure in probe_features("noise", noise, labels):
+        assert figure.mean == pytest.approx(1 / 3, abs=0.17)
+
+
+def test_metrics_of_an_unbalanced_case_are_those_of_the_definition() -> None:
+    labels = np.repeat([0, 1], [100, 10])
+    blind = np.zeros((110, 3), dtype=np.float32)  # nothing to learn from: always the larger class
+    figures = {(figure.probe, figure.metric): figure for figure in probe_features("blind", blind, labels)}
+    assert figures["linear", "balanced_accuracy"].values == (0.5, 0.5, 0.5)
+    precision, recall = 30 / 33, 1.0
+    f1 = 2 * precision * recall / (precision + recall)
+    assert figures["linear", "weighted_f1"].mean == pytest.approx(f1 * 30 / 33)
+
+
+def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int = 7) -> EvaluationReport:
+    recipe = tiny_recipe()
+    backbone = initial_backbone(recipe)
+    monkeypatch.setattr(report_module, "trained_backbone", lambda store, recipe: (backbone, commit_of(recipe, step)))
+    return evaluate_run(open_store(folder / "run"), recipe, str(two_classes(folder / "tiles", 10)), torch.device("cpu"))
+
+
+def test_evaluation_is_written_into_the_run_and_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = evaluated(tmp_path, monkeypatch)
+    assert (tmp_path / "run" / "evaluations" / "tiles-step-00000007.json").is_file()
+    later = evaluated(tmp_path, monkeypatch, step=120)
+    store = open_store(tmp_path / "run")
+    assert latest_report(store, "tiles") == later
+    assert latest_report(store, "til") is None
+    assert decode(encode(report)) == report
+    assert report.counts == {"blue": 10, "red": 10}
+    # "Pretrained" is the untrained network here, so both rows must agree, and colour is all there is to see.
+    assert report.figure(PRETRAINED, "knn").values == report.figure(UNTRAINED, "knn").values
+    assert report.figure(COLOUR, "linear").mean == 1.0
+    table = report.table()
+    for words in ("20 tiles in 2 classes, chance 50.0%", "step 7", "kNN (k=20)", "linear probe", "100.0 +- 0.0 %"):
+        assert words in table
+
+
+def test_report_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(evaluated(tmp_path, monkeypatch)).replace(b'"format": 1', b'"format": 2')
+    with pytest.raises(DatasetError, match="another version"):
+        decode(data)
+
+
+def test_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        trained_backbone(open_store(tmp_path), tiny_recipe())
+
+
+def test_checkpoint_of_another_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe()
+    monkeypatch.setattr(backbone_module, "latest_commit", lambda store: commit_of(recipe))
+    monkeypatch.setattr(backbone_module, "load_teacher_backbone", lambda store, commit: {"cls_token": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"another network .*vit_test14"):
+        trained_backbone(open_store(tmp_path), recipe)
+
+
+def test_initial_backbone_is_the_same_each_time_and_follows_the_seed() -> None:
+    recipe = tiny_recipe()
+    once, again = initial_backbone(recipe).state_dict(), initial_backbone(recipe).state_dict()
+    other = initial_backbone(recipe.model_copy(update={"seed": 1})).state_dict()
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    assert not torch.equal(once["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
+
+
+def test_labelled_tiles_pickle_for_another_node(tmp_path: Path) -> None:
+    dataset = open_dataset(str(two_classes(tmp_path)))
+    copy: LabelledTiles = pickle.loads(pickle.dumps(dataset))
+    assert copy.keys == dataset.keys

@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+
+from histoscale.cluster.run_folder import (
+    DEFAULT_PRECISION,
+    check_same_experiment,
+    read_run,
+    require_run,
+    resolve_precision,
+    start_run,
+)
+from histoscale.config.decode import decode_recipe
+from histoscale.errors import RunError
+from histoscale.storage import open_store
+
+RECIPE = decode_recipe({"precision": "fp32", "batch": {"tiles": 64, "replicas": 4}})
+
+
+def test_a_run_records_its_resolved_recipe(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    assert read_run(store) is None
+    start_run(store, RECIPE, "/index", "abc")
+    assert require_run(store) == RECIPE
+    check_same_experiment(store, RECIPE, RECIPE, "abc")
+
+
+def test_only_the_mapping_to_hardware_may_change(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    start_run(store, RECIPE, "/index", "abc")
+    moved = decode_recipe(RECIPE.model_dump(mode="json"), ["cluster.workers=3"])
+    check_same_experiment(store, moved, RECIPE, "abc")
+    changed = decode_recipe(RECIPE.model_dump(mode="json"), ["optim.lr=0.1"])
+    with pytest.raises(RunError, match=r"another recipe.*optim.lr: 0.1 != 0.00035"):
+        check_same_experiment(store, changed, RECIPE, "abc")
+    with pytest.raises(RunError, match=r"another index.*snapshot abc"):
+        check_same_experiment(store, RECIPE, RECIPE, "def")
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.docx").write_text("mine")
+    with pytest.raises(RunError, match="something else than a run"):
+        read_run(open_store(tmp_path))
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not a run folder"):
+        require_run(open_store(tmp_path))
+
+
+def test_precision_is_settled_once() -> None:
+    auto = RECIPE.model_copy(update={"precision": "auto"})
+    assert resolve_precision(auto, DEFAULT_PRECISION["cpu"]).precision == "fp32"
+    assert resolve_precision(auto, DEFAULT_PRECISION["cuda"]).precision == "bf16"
+    assert resolve_precision(RECIPE, DEFAULT_PRECISION["cuda"]).precision == "fp32"
