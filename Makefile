@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SLIDES ?=
+DATASET ?=
+SEED ?= 0
+SET ?=
 OUT ?= quickstart-run
 
-.PHONY: install quickstart test test-slow check bench clean
+.PHONY: install quickstart test check bench clean
 
 install: $(VENV)/installed
 
@@ -16,13 +19,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: install
-	$(BIN)/python jobs/quickstart.py --out $(OUT) $(if $(SLIDES),--slides $(SLIDES))
+	$(BIN)/python jobs/quickstart.py --out "$(OUT)" --seed "$(SEED)" $(if $(SLIDES),--slides "$(SLIDES)") \
+	    $(if $(DATASET),--dataset "$(DATASET)") $(if $(SET),--set "$(SET)")
 
 test: install
 	$(BIN)/python -m pytest
-
-test-slow: install
-	$(BIN)/python -m pytest -m slow
 
 check: install
 	$(BIN)/ruff format --check platform jobs tests

@@ -18,7 +18,7 @@ LAYERS = [
     {"stream", "checkpoint", "train", "evaluate", "export", "observe"},
     {"cluster", "bench"},
 ]
-MAY_IMPORT_RAY = {"stream", "cluster", "slides/build.py", "slides/work.py", "bench"}
+MAY_IMPORT_RAY = {"stream", "cluster", "slides/build.py", "bench"}
 NEVER_TORCH = {"errors", "units", "seeding", "config", "storage", "slides", "sampling"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -267,3 +267,19 @@ def test_a_slide_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
     assert build.outcome("a" * 32, where, 1)["reason"] == "its name is not UTF-8. Rename the file or its folder"
     write_refused(open_store(tmp_path / "index"), [RefusedSlide(Refusal("a" * 32, "x"), where.objects[0].key)])
     assert "caf\\udce9" in (tmp_path / "index" / "protected" / "refused.csv").read_text()
+
+
+@pytest.mark.parametrize("stranger", ["recipe.yaml", "index.json"])
+def test_an_index_is_never_written_over_something_else(tmp_path: Path, stranger: str) -> None:
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slides" / "a.svs").write_bytes(b"x")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / stranger).write_text('{"index": "of a run"}')
+    with pytest.raises(SlideIndexError, match="holds something else than an index"):
+        build.build_index(str(tmp_path / "slides"), str(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [stranger]
+
+
+def test_a_header_that_a_crash_has_torn_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text('{"form')
+    build._refuse_strangers(open_store(tmp_path))

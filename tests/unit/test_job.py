@@ -1,12 +1,18 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
+from ray.train.v2.api.exceptions import WorkerGroupError
 
+from histoscale.cluster.control import ControlLine, Wish
 from histoscale.cluster.failures import diagnosis_in
-from histoscale.cluster.job import ENVIRONMENT, inside_a_job, job_name, location, run_job
-from histoscale.errors import ClusterError, RecipeError
+from histoscale.cluster.job import ENVIRONMENT, connect, inside_a_job, job_name, location, run_job
+from histoscale.cluster.pretrain import _explain
+from histoscale.cluster.worker import _require_the_run
+from histoscale.errors import ClusterError, RecipeError, RunError, StorageError
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +40,10 @@ def test_an_interrupt_ends_without_a_traceback(capsys: pytest.CaptureFixture[str
 def test_relative_places_are_refused_inside_a_submitted_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert location("somewhere", "--out") == str(Path.cwd() / "somewhere")
     assert location("s3://bucket/prefix/", "--out") == "s3://bucket/prefix"
+    assert location("file:///a%20b", "--out") == "/a b"
+    for text in ("gs://bucket/prefix", "https://host/x"):
+        with pytest.raises(StorageError, match="no store has the URI"):
+            location(text, "--out")
     config = {"metadata": {"job_submission_id": "raysubmit_x"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(config))
     assert inside_a_job()
@@ -57,3 +67,28 @@ def test_a_diagnosis_is_found_wherever_it_is_wrapped() -> None:
     assert diagnosis_in(outer) is diagnosis
     assert diagnosis_in(RuntimeError("none")) is None
     assert diagnosis_in(None) is None
+
+
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**keywords: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ClusterError, match=r"does not answer.*127\.0\.0\.1:1"):
+        connect()
+
+
+def test_failures_without_a_diagnosis_name_the_budget_and_the_last_line() -> None:
+    failure = WorkerGroupError("rank 1 died\nkilled", {1: RuntimeError("x")})
+    assert re.search(r"max_failures = 5.*killed", str(_explain(failure, 5)))
+    diagnosis = RecipeError("odd")
+    assert _explain(WorkerGroupError("", {0: diagnosis}), 5) is diagnosis
+
+
+def test_a_run_that_was_taken_over_is_abandoned() -> None:
+    line = ControlLine(None)
+    _require_the_run(line, "/run")
+    line.wish = Wish.ABANDON
+    with pytest.raises(RunError, match="/run was taken over by another job"):
+        _require_the_run(line, "/run")

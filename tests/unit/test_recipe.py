@@ -62,6 +62,7 @@ def test_every_problem_of_a_file_is_reported_at_once_with_the_nearest_name() -> 
         ({"schedule": {"images": 5}}, "must hold one step"),
         ({"batch": {"tiles": 64, "replicas": 4}, "cluster": {"workers": 5}}, "must not exceed batch.replicas"),
         ({"optim": {"lr": float("nan")}}, "finite"),
+        ({"optim": {"betas": [1.0, 0.9]}}, "less than 1"),
         ({"cluster": {"zero_stage": 4}}, "cluster.zero_stage = 4"),
     ],
 )
@@ -75,7 +76,7 @@ def test_overrides_are_typed_like_the_file() -> None:
     assert (recipe.model.arch, recipe.loss.kde_weight, recipe.crops.scale) == ("vit_s14", 0.0, (0.8, 1.0))
 
 
-@pytest.mark.parametrize("override", ["model.arch", "=3", "model..arch=1", "seed.x=1", "seed={"])
+@pytest.mark.parametrize("override", ["model.arch", "=3", "model..arch=1", "seed.x=1", "seed={", "seed=2024-13-45"])
 def test_overrides_that_cannot_be_read_are_refused(override: str) -> None:
     with pytest.raises(RecipeError, match="override"):
         decode_recipe({"seed": 1}, [override])
@@ -89,6 +90,10 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         load_recipe(tmp_path / "binary.yaml")
     with pytest.raises(RecipeError, match="not valid YAML"):
         parse_yaml("a: [", "x")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        parse_yaml("seed: 2024-13-45", "x")
+    with pytest.raises(RecipeError, match=r"seed = datetime\.date"):
+        decode_recipe(parse_yaml("seed: 2024-01-02", "x"))
     with pytest.raises(RecipeError, match="is not a recipe"):
         parse_yaml("- 1", "x")
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 import ray
 
 from histoscale.errors import ClusterError, HistoscaleError
-from histoscale.storage import is_remote
+from histoscale.storage import open_store
 
 DIAGNOSED = 2
 INTERRUPTED = 130
@@ -90,10 +90,11 @@ def location(text: str, what: str) -> str:
 
     Raises:
         ClusterError: A relative path inside a submitted job, where it would name a folder that is thrown away.
+        StorageError: A URI of another kind.
     """
-    if is_remote(text):
-        return text.rstrip("/")
-    path = Path(text.removeprefix("file://")).expanduser()
+    if "://" in text:
+        return open_store(text).uri
+    path = Path(text).expanduser()
     if not path.is_absolute() and inside_a_job():
         raise ClusterError(
             f"{what} is a relative path",

@@ -70,7 +70,8 @@ class Lease:
     ) -> None:
         self._stopping.set()
         self._thread.join()
-        if not self.lost:
+        state = read_lease(self._store)
+        if state is not None and state.token == self._state.token:
             self._store.delete(_KEY)
 
     def _wait_for_a_dead_holder(self) -> None:

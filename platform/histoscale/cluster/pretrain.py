@@ -56,7 +56,6 @@ class CheckedRequest:
     store: Store
     plan: Plan
     snapshot_id: str
-    stored: Recipe | None
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,19 @@ def check_request(request: PretrainRequest) -> CheckedRequest:
     index = read_index(open_store(request.index_uri))
     plan = Plan(PlanSpec.from_recipe(request.recipe), index.records)
     store = open_store(request.run_uri)
-    stored = read_run(store)
-    if stored is not None:
-        recipe = resolve_precision(request.recipe, stored.precision)
-        check_same_experiment(store, recipe, stored, index.snapshot_id)
-    return CheckedRequest(request, store, plan, index.snapshot_id, stored)
+    checked = CheckedRequest(request, store, plan, index.snapshot_id)
+    _resumed_recipe(checked)
+    return checked
+
+
+def _resumed_recipe(checked: CheckedRequest) -> Recipe | None:
+    """The request's recipe for the run that stands in its folder, or None where none does."""
+    stored = read_run(checked.store)
+    if stored is None:
+        return None
+    recipe = resolve_precision(checked.request.recipe, stored.precision)
+    check_same_experiment(checked.store, recipe, stored, checked.snapshot_id)
+    return recipe
 
 
 def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOutcome:
@@ -96,19 +103,19 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
     """
     request, store, plan = checked.request, checked.store, checked.plan
     device = resolve_device(request.recipe.cluster)
-    default = checked.stored.precision if checked.stored else DEFAULT_PRECISION[device]
-    recipe = resolve_precision(request.recipe, default)
     for line in plan.report():
         tell(f"{line.mpp:g} um/px: {line.slides} slides serve it, {line.places:,} places")
     with Lease(store, request.holder) as lease:
-        if checked.stored is None:
+        recipe = _resumed_recipe(checked)  # once more: the run may have been started since it was checked
+        wait_for_resources(request.recipe.cluster, device, tell)
+        if recipe is None:
+            recipe = resolve_precision(request.recipe, DEFAULT_PRECISION[device])
             start_run(store, recipe, request.index_uri, checked.snapshot_id)
         start = committed_step(request.run_uri)
         if start >= recipe.steps:
             tell(f"run {store.uri} is complete: {start} steps")
             return PretrainOutcome(start, recipe.steps, stopped=False)
         tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
-        wait_for_resources(recipe.cluster, device, tell)
         feed = FeedSpec.from_recipe(recipe, plan, request.index_uri, Path(tempfile.gettempdir()) / "histoscale-slides")
         _run_to_the_end(store, recipe, device, feed, lease, tell)
         step = committed_step(request.run_uri)
@@ -136,7 +143,10 @@ def _run_to_the_end(
             run_config=RunConfig(
                 name="attempt",
                 storage_path=scratch,
-                failure_config=FailureConfig(max_failures=cluster.max_failures),
+                # Ray tries for ever to start workers unless it is given a limit.
+                failure_config=FailureConfig(
+                    max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
+                ),
             ),
         )
         try:
@@ -149,7 +159,7 @@ def _explain(error: TrainingFailedError, max_failures: int) -> Exception:
     diagnosis = diagnosis_in(error)
     if diagnosis is not None:
         return diagnosis
-    last_line = str(error).strip().splitlines()[-1]
+    last_line = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
     return RunError(
         f"the workers failed more often than cluster.max_failures = {max_failures} allows",
         value=last_line,

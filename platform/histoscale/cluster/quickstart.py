@@ -38,6 +38,7 @@ class QuickstartRequest:
         slides_uri: The user's slides, or None for procedural ones.
         dataset_uri: Labelled tiles of the user's, or None.
         seed: Of the slides, the tiles and the run.
+        overrides: Of the recipe, as `field=value`.
     """
 
     repository: Path
@@ -45,6 +46,7 @@ class QuickstartRequest:
     slides_uri: str | None
     dataset_uri: str | None
     seed: int
+    overrides: tuple[str, ...] = ()
 
 
 def run_quickstart(request: QuickstartRequest, tell: Callable[[str], None]) -> str:
@@ -76,7 +78,9 @@ class _Quickstart:
         with LocalHead(HeadSize(cpus, _OBJECT_STORE_BYTES)) as head:
             self._tell(f"the head answers on {head.address}, to this command only")
             self._submit(head, "index", ["jobs/index.py", slides, "--out", str(places.index)])
-            pretrain = ["jobs/pretrain.py", "--recipe", RECIPE, "--set", f"seed={request.seed}"]
+            pretrain = ["jobs/pretrain.py", "--recipe", RECIPE]
+            for override in (f"seed={request.seed}", *request.overrides):
+                pretrain += ["--set", override]
             self._submit(head, "pretrain", [*pretrain, "--index", str(places.index), "--out", str(places.run)])
             if dataset is None:
                 self._skip("evaluate", "no labelled tiles; give some with --dataset DIR, one folder per class")

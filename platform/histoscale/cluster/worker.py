@@ -17,8 +17,6 @@ from histoscale.stream.feed import DATASET, FeedSpec, RankFeed
 from histoscale.train.step import StepMetrics
 from histoscale.train.trainer import Trainer, build_trainer
 
-PROGRESS_EVERY_S = 1.0
-
 
 @dataclass(frozen=True)
 class WorkerSpec:

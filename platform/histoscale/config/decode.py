@@ -1,5 +1,6 @@
 """From YAML files and `--set a.b=c` to a recipe, with every problem of a file reported at once."""
 
+import copy
 import difflib
 import hashlib
 import json
@@ -38,7 +39,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def decode_recipe(values: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:
     """Recipe of nested mappings; `source` names them in errors."""
-    merged = json.loads(json.dumps(values))
+    merged = copy.deepcopy(values)
     for override in overrides:
         _apply_override(merged, override)
     try:
@@ -58,7 +59,7 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
         raise RecipeError(f"{source} is not valid YAML: {error}", expected="nested `field: value` lines") from error
     if values is None:
         return {}
@@ -115,7 +116,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             )
     try:
         values[field] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError("an override's value is not valid YAML", value=override, expected="field=value") from error
 
 

@@ -13,6 +13,7 @@ from histoscale.config.archs import ARCHS
 
 Share = Annotated[float, Field(gt=0.0, le=1e6)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -164,7 +165,7 @@ class OptimSection(Section):
     min_lr: NonNegative = 1e-6  # [DINOv2]
     warmup_images: Annotated[int, Field(ge=0)] = 307_200_000  # [DINOv2] 100,000 steps of 3,072
     weight_decay: tuple[NonNegative, NonNegative] = (0.04, 0.2)  # [DINOv2]
-    betas: tuple[Probability, Probability] = (0.9, 0.999)  # [DINOv2]
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # [DINOv2]
     clip_norm: Positive = 3.0  # [DINOv2], of the global norm
     ema_momentum: tuple[Probability, Probability] = (0.994, 1.0)  # [DINOv2]
 

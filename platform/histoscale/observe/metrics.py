@@ -59,7 +59,9 @@ class MetricsWriter:
     def _keep_committed(self, first_step: int) -> None:
         lines = self._store.get(METRICS_KEY).decode().splitlines() if self._store.exists(METRICS_KEY) else []
         kept = [line for line in lines if _step_of(line) < first_step]
-        self._metrics.write_text("".join(f"{line}\n" for line in kept))
+        rewritten = self._metrics.with_suffix(".part")
+        rewritten.write_text("".join(f"{line}\n" for line in kept))
+        rewritten.replace(self._metrics)
 
 
 def _step_of(line: str) -> float:

@@ -24,8 +24,11 @@ from histoscale.errors import HistoscaleError, SlideError, SlideIndexError
 from histoscale.slides.examine import NO_TISSUE, examine
 from histoscale.slides.identity import index_key, slide_id
 from histoscale.slides.index import (
+    HEADER,
     REFUSED,
     RefusedSlide,
+    has_our_header,
+    is_ours,
     make_index,
     protected,
     read_index,
@@ -116,6 +119,7 @@ def build_index(
     mpp_by_path = _read_sidecar(source, sidecar, slides)
     slides = [slide for slide in slides if only in (None, slide.path)]
     out = open_store(out_uri)
+    _refuse_strangers(out)
     key = index_key(protected(out))
     paths = {slide_id(key, slide.path): slide.path for slide in slides}
     locations = {
@@ -134,6 +138,17 @@ def build_index(
     index = make_index(found.records, refusals)
     write_index(out, index, locations)
     return index
+
+
+def _refuse_strangers(out: Store) -> None:
+    """An index is written only where nothing is, or where an index is; never over a run or an export."""
+    strangers = [info.key for info in out.list() if not is_ours(info.key)]
+    if strangers or (out.exists(HEADER) and not has_our_header(out)):
+        raise SlideIndexError(
+            f"{out.uri} holds something else than an index",
+            expected="an empty place or that of an earlier index",
+            remedy="give another place with --out",
+        )
 
 
 def _root(slides_uri: str) -> tuple[Store, str | None]:

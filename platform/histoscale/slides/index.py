@@ -178,11 +178,28 @@ def _rows(store: Store, key: str, schema: pa.Schema, snapshot_id: str) -> list[d
     return rows
 
 
+def is_ours(key: str) -> bool:
+    """Whether an index has an object of this key."""
+    return key in (HEADER, SLIDES, REFUSALS) or key.startswith(f"{PROTECTED}/")
+
+
+def has_our_header(store: Store) -> bool:
+    """Whether what stands in the header's place is one, be it of another version."""
+    try:
+        header = json.loads(store.get(HEADER))
+    except ValueError:
+        return True  # torn by a crash
+    return isinstance(header, dict) and header.get("format") == FORMAT
+
+
 def _header(store: Store) -> dict[str, Any]:
     again = "run jobs/index.py again with this place as --out"
     if not store.exists(HEADER):
         raise SlideIndexError(
-            f"no slide index: {HEADER} is missing", expected="the --out of a finished jobs/index.py", remedy=again
+            f"no slide index: {HEADER} is missing",
+            value=store.uri,
+            expected="the --out of a finished jobs/index.py",
+            remedy=again,
         )
     try:
         header = json.loads(store.get(HEADER))

@@ -1,0 +1,46 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from histoscale.bench.quickstart import accuracy
+from histoscale.evaluate.probes import Figure as ProbeFigure
+from histoscale.evaluate.report import EvaluationReport
+
+ROOT = Path(__file__).parents[2]
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "histoscale.bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_overhead_prints_its_figures_as_json_lines_and_nothing_else() -> None:
+    done = bench("overhead")
+    assert done.returncode == 0, done.stderr
+    figures = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [figure["figure"] for figure in figures] == ["overhead.import_s", "overhead.help_s"]
+    assert all(set(figure) == {"figure", "value", "unit", "baseline", "details"} for figure in figures)
+    assert all(figure["value"] >= figure["baseline"] * 0.5 > 0 for figure in figures)
+
+
+@pytest.mark.parametrize("arguments", [(), ("nothing",)])
+def test_a_missing_or_unknown_name_is_refused_with_the_known_ones(arguments: tuple[str, ...]) -> None:
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "overhead" in done.stderr or "NAME" in done.stderr
+
+
+def test_the_accuracy_is_the_mean_over_the_seeds_beside_the_untrained_one() -> None:
+    def report(pretrained: float) -> EvaluationReport:
+        values = {"pretrained": pretrained, "untrained": 0.4, "colour statistics": 0.3}
+        figures = tuple(ProbeFigure(name, "knn", "balanced_accuracy", (v, v)) for name, v in values.items())
+        return EvaluationReport("tiles", "", "", 1, 1, {}, figures)
+
+    figure = accuracy([report(0.5), report(0.7)], "knn")
+    assert figure.value == pytest.approx(0.6)
+    assert figure.baseline == pytest.approx(0.4)
+    assert figure.details["pretrained"] == [0.5, 0.7]
