@@ -164,6 +164,21 @@ def test_only_the_newest_checkpoints_are_kept(store: Store) -> None:
     assert list(read_history(store, 4)) == [(step, [(10 * step, 10)]) for step in range(4)]
 
 
+def test_a_run_stays_committed_where_old_checkpoints_cannot_be_removed(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(store, snapshot(1), 1)
+
+    def refuse(self: LocalStore, prefix: str) -> None:
+        raise StorageError("no permission")
+
+    monkeypatch.setattr(LocalStore, "delete_prefix", refuse)
+    with caplog.at_level(logging.WARNING):
+        commit = write_checkpoint(store, snapshot(2), 1)
+    assert latest_commit(store) == commit
+    assert "old checkpoints could not be removed: no permission." in caplog.text
+
+
 def test_truncated_newest_checkpoint_falls_back_to_the_one_before(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:

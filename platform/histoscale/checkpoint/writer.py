@@ -4,6 +4,7 @@ Only the marker makes a checkpoint exist. Whatever is killed before it leaves a 
 next commit removes.
 """
 
+import logging
 import secrets
 import tempfile
 import zlib
@@ -33,7 +34,10 @@ from histoscale.checkpoint.manifest import (
     marker_key,
     marker_step,
 )
+from histoscale.errors import StorageError
 from histoscale.storage.store import Store
+
+_log = logging.getLogger(__name__)
 
 StepSamples = tuple[int, Sequence[Run]]
 """A step and the samples that this rank put into it."""
@@ -72,7 +76,11 @@ def write_checkpoint(store: Store, snapshot: Snapshot, keep_last: int) -> Commit
 
     def commit() -> Commit:
         committed = _commit(store, folder, snapshot, shards, samples)
-        remove_retired(store, keep_last)
+        try:
+            remove_retired(store, keep_last)
+        except StorageError as error:
+            # The run is committed; what could not be removed is tried again at the next commit.
+            _log.warning("old checkpoints could not be removed: %s", error)
         return committed
 
     return on_first_rank(commit)
