@@ -32,7 +32,7 @@ class Arch:
 # vit_test14 and vit_micro14 are ours, for tests and for machines without a GPU. S, B, L and H are the standard sizes
 # (Dosovitskiy et al., arXiv 2010.11929). H is Virchow2's: SwiGLU with the packed ratio of its model card's timm kwargs.
 ARCHS: dict[str, Arch] = {
-    "vit_test14": Arch(patch_px=14, depth=2, width=32, heads=2, registers=1, init_std=None),
+    "vit_test14": Arch(patch_px=14, depth=2, width=32, heads=2, registers=1),
     "vit_micro14": Arch(patch_px=14, depth=4, width=128, heads=4, layer_scale=None, init_std=None),
     "vit_ti14": Arch(patch_px=14, depth=12, width=192, heads=3),
     "vit_s14": Arch(patch_px=14, depth=12, width=384, heads=6, layer_scale=None),
