@@ -19,6 +19,7 @@ from histoscale.slides.build import IndexProgress, build_index
 from histoscale.slides.identity import slide_id
 from histoscale.slides.index import read_index, read_locations
 from histoscale.slides.locate import locate
+from histoscale.slides.synthetic import make_slides
 from histoscale.storage import join, open_store
 
 ROOT = Path(__file__).parents[2]
@@ -253,10 +254,39 @@ def test_a_record_number_in_the_keys_is_nowhere_but_in_the_protected_part(
     assert [path for path in logs if RECORD_NUMBER.encode() in path.read_bytes()] == []
 
 
+def write_truncated(path: Path) -> None:
+    make_slides(path.parent, count=1)[0].path.rename(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("fill", "diagnosis"),
+    [
+        (lambda path: None, "no slides found"),
+        (write_truncated, "1 x"),
+        (write_glass, "no tissue"),
+    ],
+    ids=["empty", "truncated", "no tissue"],
+)
 def test_the_job_ends_with_one_line_and_status_2_on_bad_input(
-    run_job: Callable[..., tuple[int, str, Path]], tmp_path: Path
+    run_job: Callable[..., tuple[int, str, Path]], tmp_path: Path, fill: Callable[[Path], None], diagnosis: str
 ) -> None:
-    (tmp_path / "empty").mkdir()
-    status, output, _ = run_job(str(tmp_path / "empty"), "--out", str(tmp_path / "index"))
+    (tmp_path / "slides").mkdir()
+    fill(tmp_path / "slides" / "a.svs")
+    status, output, _ = run_job(str(tmp_path / "slides"), "--out", str(tmp_path / "index"))
+    last = output.strip().splitlines()[-1]
     assert status == 2
-    assert output.strip().splitlines()[-1].startswith("error: no slides found")
+    assert last.startswith("error: ")
+    assert diagnosis in last
+    assert not (tmp_path / "index" / "index.json").exists()
+
+
+def test_the_job_names_a_bucket_that_is_not_there(
+    s3_env: Any, run_job: Callable[..., tuple[int, str, Path]], tmp_path: Path
+) -> None:
+    status, output, _ = run_job("s3://no-such-bucket/slides", "--out", str(tmp_path / "index"))
+    last = output.strip().splitlines()[-1]
+    assert status == 2
+    assert last.startswith("error: ")
+    assert "no-such-bucket" in last
+    assert not (tmp_path / "index").exists()
