@@ -41,7 +41,7 @@ def main() -> None:
     try:
         report = ray.get(task.remote("cuda" if has_gpu else "cpu"))
     except ray.exceptions.RayTaskError as error:
-        raise diagnosis_in(error.cause) or error from None
+        raise diagnosis_in(error) or error from None
     print(report.table())
     print(f"report: {join(run_uri, report.key)}")
 

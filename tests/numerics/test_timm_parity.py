@@ -8,8 +8,8 @@ import torch
 
 from histoscale.config.archs import ARCHS, Arch
 from histoscale.errors import ExportError
+from histoscale.export.timm_import import import_timm
 from histoscale.models import VisionTransformer
-from histoscale.models.timm_import import import_timm
 
 S_LIKE = Arch(patch_px=14, depth=3, width=96, heads=3, registers=0, layer_scale=None)
 S_SCALED = Arch(patch_px=14, depth=3, width=96, heads=3, registers=4, layer_scale=0.5)

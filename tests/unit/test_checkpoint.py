@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from histoscale.checkpoint import reader, writer
+from histoscale.checkpoint import manifest, reader
 from histoscale.checkpoint.collective import on_every_rank, on_first_rank
 from histoscale.checkpoint.fragments import Fragment
 from histoscale.checkpoint.ledger import delete_after, encode_ledger, ledger_key, merge_runs, read_history, runs_of
@@ -48,7 +48,7 @@ def _process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (writer, reader):
+    for module in (manifest, reader):
         monkeypatch.setattr(module, "BLOCK_ELEMENTS", BLOCK_ELEMENTS)
     monkeypatch.setattr(reader, "_MAX_BLOCKS_PER_REQUEST", 3)
 

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from histoscale.checkpoint.fragments import MASTER, Fragment
-from histoscale.checkpoint.reader import TEACHER_KIND
+from histoscale.checkpoint.fragments import EMA, MASTER, Fragment
 from histoscale.checkpoint.writer import Snapshot, write_checkpoint
 from histoscale.config.archs import ARCHS
 from histoscale.config.decode import decode_recipe, fingerprint
@@ -23,6 +22,7 @@ from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, ExportError
 from histoscale.evaluate.backbone import initial_backbone, trained_backbone
 from histoscale.export import timm_layout
+from histoscale.export.timm_import import import_timm
 from histoscale.export.timm_layout import (
     CARD,
     CONFIG,
@@ -36,7 +36,6 @@ from histoscale.export.timm_layout import (
     timm_model,
 )
 from histoscale.models import SSLNet, VisionTransformer, build_ssl_net
-from histoscale.models.timm_import import import_timm
 from histoscale.storage import Store, open_store
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +91,7 @@ def committed_run(folder: Path, recipe: Recipe, step: int = 2) -> Store:
                 MASTER: torch.zeros(tensor.numel()),
                 "exp_avg": torch.zeros(tensor.numel()),
                 "exp_avg_sq": torch.zeros(tensor.numel()),
-                TEACHER_KIND: tensor.detach().flatten(),
+                EMA: tensor.detach().flatten(),
             },
         )
         for name, tensor in teacher.items()
@@ -190,7 +189,7 @@ def test_the_code_of_the_card_runs_as_it_stands(tmp_path: Path) -> None:
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert code is not None
     program = (
-        "from histoscale.models.timm_import import import_timm\nimport_timm()\n"
+        "from histoscale.export.timm_import import import_timm\nimport_timm()\n"
         + code[1]
         + "\nprint(tuple(embedding.shape))"
     )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 MASTER = "fp32"
+EMA = "ema"  # the teacher's, which `train/teacher.py` keeps beside the master weights
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

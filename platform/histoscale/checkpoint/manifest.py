@@ -10,6 +10,7 @@ The world size and the ZeRO stage that wrote a checkpoint show only in how the r
 
 import json
 import re
+import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,6 +100,12 @@ def marker_step(key: str) -> int | None:
 def folder_prefix(step: int, attempt: str) -> str:
     """Key prefix of the files of one attempt."""
     return f"{FOLDER}step-{step:08d}.{attempt}/"
+
+
+def block_checksums(data: memoryview) -> tuple[int, ...]:
+    """crc32 of each block of a flat tensor's bytes; the last block may be short."""
+    block_bytes = BLOCK_ELEMENTS * BYTES_PER_ELEMENT
+    return tuple(zlib.crc32(data[start : start + block_bytes]) for start in range(0, len(data), block_bytes))
 
 
 def encode(record: Commit | Manifest) -> bytes:

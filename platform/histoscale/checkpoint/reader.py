@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from histoscale.checkpoint import ledger
-from histoscale.checkpoint.fragments import Fragment
+from histoscale.checkpoint.fragments import EMA, Fragment
 from histoscale.checkpoint.manifest import (
     BLOCK_ELEMENTS,
     BYTES_PER_ELEMENT,
@@ -25,6 +25,7 @@ from histoscale.checkpoint.manifest import (
     Commit,
     Manifest,
     Shard,
+    block_checksums,
     decode_commit,
     decode_manifest,
     marker_key,
@@ -33,7 +34,6 @@ from histoscale.checkpoint.manifest import (
 from histoscale.errors import CheckpointError
 from histoscale.storage.store import Store
 
-TEACHER_KIND = "ema"
 _BACKBONE_PREFIX = "backbone."
 _MAX_BLOCKS_PER_REQUEST = 16
 
@@ -157,12 +157,12 @@ class _Copy:
 def _load_ema(store: Store, commit: Commit, prefix: str) -> dict[str, Tensor]:
     shapes = read_manifest(store, commit).shapes
     whole = {
-        name: Fragment(0, math.prod(shape), shape, {TEACHER_KIND: torch.empty(math.prod(shape))})
+        name: Fragment(0, math.prod(shape), shape, {EMA: torch.empty(math.prod(shape))})
         for name, shape in shapes.items()
         if name.startswith(prefix)
     }
     load_into(store, commit, whole, shapes)
-    return {name.removeprefix(prefix): part.tensors[TEACHER_KIND].view(part.shape) for name, part in whole.items()}
+    return {name.removeprefix(prefix): part.tensors[EMA].view(part.shape) for name, part in whole.items()}
 
 
 def _overlaps(shard: Shard, targets: Mapping[str, Fragment]) -> Iterator[_Copy]:
@@ -199,7 +199,7 @@ def _fill(store: Store, commit: Commit, shard: Shard, kind: str, copies: Sequenc
     for first, last in _block_runs(sorted(blocks)):
         low, high = first * BLOCK_ELEMENTS, min((last + 1) * BLOCK_ELEMENTS, numel)
         data = store.get_range(key, data_start_byte + low * BYTES_PER_ELEMENT, (high - low) * BYTES_PER_ELEMENT)
-        if _checksums(data) != shard.crc32[kind][first : last + 1]:
+        if block_checksums(memoryview(data)) != shard.crc32[kind][first : last + 1]:
             raise _corrupt(commit, key)
         values = torch.frombuffer(bytearray(data), dtype=torch.float32)
         for copy in copies:
@@ -219,12 +219,6 @@ def _tensor_start_byte(store: Store, commit: Commit, shard: Shard, kind: str) ->
         return 8 + header_bytes + int(header[kind]["data_offsets"][0])
     except (ValueError, KeyError, TypeError) as error:
         raise _corrupt(commit, key) from error
-
-
-def _checksums(data: bytes) -> tuple[int, ...]:
-    block_bytes = BLOCK_ELEMENTS * BYTES_PER_ELEMENT
-    view = memoryview(data)
-    return tuple(zlib.crc32(view[start : start + block_bytes]) for start in range(0, len(data), block_bytes))
 
 
 def _block_runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:

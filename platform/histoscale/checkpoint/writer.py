@@ -21,13 +21,13 @@ from histoscale.checkpoint.collective import on_every_rank, on_first_rank
 from histoscale.checkpoint.fragments import Fragment
 from histoscale.checkpoint.ledger import Run, encode_ledger, ledger_key, merge_runs
 from histoscale.checkpoint.manifest import (
-    BLOCK_ELEMENTS,
     FOLDER,
     MANIFEST_NAME,
     Commit,
     Manifest,
     Piece,
     Shard,
+    block_checksums,
     decode_commit,
     encode,
     folder_prefix,
@@ -106,7 +106,7 @@ def _write_shard(store: Store, folder: str, fragments: Mapping[str, Fragment]) -
         save_file(flat, path)
         store.upload(path, folder + name)
         size_bytes = path.stat().st_size
-    checksums = {kind: _block_checksums(tensor) for kind, tensor in flat.items()}
+    checksums = {kind: block_checksums(tensor.view(torch.uint8).numpy().data) for kind, tensor in flat.items()}
     return Shard(name, size_bytes, _pieces(fragments), checksums)
 
 
@@ -122,12 +122,6 @@ def _pieces(fragments: Mapping[str, Fragment]) -> tuple[Piece, ...]:
         pieces.append(Piece(name, part.offset, part.numel, start))
         start += part.numel
     return tuple(pieces)
-
-
-def _block_checksums(flat: Tensor) -> tuple[int, ...]:
-    return tuple(
-        zlib.crc32(flat[start : start + BLOCK_ELEMENTS].numpy().data) for start in range(0, len(flat), BLOCK_ELEMENTS)
-    )
 
 
 def _commit(

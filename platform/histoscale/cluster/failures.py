@@ -1,6 +1,5 @@
 """Which failures of a worker group are worth another attempt: everything but a diagnosis."""
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,6 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from histoscale.errors import HistoscaleError
-
-logger = logging.getLogger(__name__)
 
 
 def diagnosis_in(error: BaseException | None) -> HistoscaleError | None:
@@ -42,9 +39,7 @@ class DiagnosisEndsTheRun(DefaultFailurePolicy):
         """Raise on a diagnosis; leave every other failure to the budget of `cluster.max_failures`."""
         if diagnosis_in(training_failed_error) is not None:
             return FailureDecision.RAISE
-        decision = super().make_decision(training_failed_error)
-        logger.warning("a worker failed: %s", decision.value.lower())
-        return decision
+        return super().make_decision(training_failed_error)
 
 
 class ElasticTorchTrainer(TorchTrainer):

@@ -83,7 +83,7 @@ class LocalHead:
         try:
             self._start()
             self._wait_for_the_job_server()
-        except BaseException:
+        except BaseException:  # cleaned up and raised again
             self.__exit__(None, None, None)
             raise
         return self
@@ -118,7 +118,7 @@ class LocalHead:
             try:
                 for line in process.stdout or ():
                     on_line(line.rstrip("\n"))
-            except BaseException:
+            except BaseException:  # cleaned up and raised again
                 process.kill()
                 raise
         return process.returncode

@@ -18,7 +18,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from histoscale.cluster.control import ControlHandle, Progress, Wish, start_control
 from histoscale.cluster.failures import ElasticTorchTrainer, diagnosis_in
 from histoscale.cluster.lease import Lease
-from histoscale.cluster.resources import resolve_device, wait_for_resources
+from histoscale.cluster.resources import resolve_device, wait_for_resources, worker_resources
 from histoscale.cluster.run_folder import (
     DEFAULT_PRECISION,
     check_same_experiment,
@@ -107,14 +107,14 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
         tell(f"{line.mpp:g} um/px: {line.slides} slides serve it, {line.places:,} places")
     with Lease(store, request.holder) as lease:
         recipe = _resumed_recipe(checked)  # once more: the run may have been started since it was checked
+        start = committed_step(request.run_uri) if recipe else 0
+        if start >= request.recipe.steps:
+            tell(f"run {store.uri} is complete: {start} steps")
+            return PretrainOutcome(start, request.recipe.steps, stopped=False)
         wait_for_resources(request.recipe.cluster, device, tell)
         if recipe is None:
             recipe = resolve_precision(request.recipe, DEFAULT_PRECISION[device])
             start_run(store, recipe, request.index_uri, checked.snapshot_id)
-        start = committed_step(request.run_uri)
-        if start >= recipe.steps:
-            tell(f"run {store.uri} is complete: {start} steps")
-            return PretrainOutcome(start, recipe.steps, stopped=False)
         tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
         feed = FeedSpec.from_recipe(recipe, plan, request.index_uri, Path(tempfile.gettempdir()) / "histoscale-slides")
         _run_to_the_end(store, recipe, device, feed, lease, tell)
@@ -136,7 +136,7 @@ def _run_to_the_end(
             scaling_config=ScalingConfig(
                 num_workers=cluster.workers,
                 use_gpu=device == "cuda",
-                resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if device == "cuda" else {}),
+                resources_per_worker=worker_resources(cluster, device),
             ),
             datasets=PlanFeed.placeholder(),
             dataset_config=PlanFeed(feed, lambda: committed_step(store.uri)),
@@ -200,16 +200,21 @@ def _watching(control: ControlHandle, lease: Lease, tell: Callable[[str], None])
 
 
 class _ProgressPrinter:
-    """At most one line in two seconds, and every committed step."""
+    """At most one line in two seconds, and every committed step; steps that come again tell of a restart."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
         self._next_s = 0.0
+        self._last_step = 0
         self._first: tuple[int, float] | None = None
 
     def show(self, told: list[Progress], last: bool = False) -> None:
         for progress in told:
             now_s = time.monotonic()
+            if progress.step <= self._last_step:
+                self._tell(f"the workers were started again and go on from step {progress.step - 1}")
+                self._first = None
+            self._last_step = progress.step
             self._first = self._first or (progress.step, now_s)
             if progress.note or now_s >= self._next_s or (last and progress is told[-1]):
                 self._next_s = now_s + 2.0

@@ -1,6 +1,8 @@
 """What a run needs of the cluster, and waiting until it is there."""
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import ray
@@ -8,9 +10,9 @@ from ray.autoscaler.sdk import request_resources
 
 from histoscale.config.recipe import ClusterSection
 from histoscale.errors import ClusterError
+from histoscale.stream.feed import PLANNER_CPUS
 
 _POLL_S = 2.0
-_PLANNER_CPUS = 1
 
 
 def resolve_device(cluster: ClusterSection) -> str:
@@ -20,12 +22,17 @@ def resolve_device(cluster: ClusterSection) -> str:
     return "cuda" if _resources().get("GPU", 0.0) >= 1.0 else "cpu"
 
 
+def worker_resources(cluster: ClusterSection, device: str) -> dict[str, float]:
+    """CPUs, and with CUDA the GPU, of one worker."""
+    return {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if device == "cuda" else {})
+
+
 def needed_resources(cluster: ClusterSection, device: str) -> dict[str, float]:
     """CPUs and GPUs that the workers, the readers and the task that lists the plan take together."""
-    needed = {"CPU": float(cluster.workers * cluster.cpus_per_worker + cluster.readers + _PLANNER_CPUS)}
-    if device == "cuda":
-        needed["GPU"] = float(cluster.workers)
-    return needed
+    needed: Counter[str] = Counter()
+    for bundle in _bundles(cluster, device):
+        needed.update(bundle)
+    return dict(needed)
 
 
 def wait_for_resources(
@@ -68,5 +75,5 @@ def _missing(needed: dict[str, float]) -> str:
 
 
 def _bundles(cluster: ClusterSection, device: str) -> list[dict[str, float]]:
-    worker = {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if device == "cuda" else {})
-    return [worker] * cluster.workers + [{"CPU": 1.0}] * (cluster.readers + _PLANNER_CPUS)
+    workers = [worker_resources(cluster, device)] * cluster.workers
+    return workers + [{"CPU": 1.0}] * (cluster.readers + math.ceil(PLANNER_CPUS))

@@ -22,8 +22,8 @@ from histoscale.config.recipe import Recipe
 from histoscale.errors import ExportError
 from histoscale.evaluate.backbone import trained_backbone
 from histoscale.export.model_card import model_card
+from histoscale.export.timm_import import import_timm
 from histoscale.models import VisionTransformer
-from histoscale.models.timm_import import import_timm
 from histoscale.storage import Store, open_store
 
 FORMAT_VERSION = 1

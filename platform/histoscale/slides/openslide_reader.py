@@ -71,7 +71,7 @@ class OpenSlideReader:
         handle = self._open_handle()
         try:
             self._info = _info(handle, mpp)
-        except BaseException:
+        except BaseException:  # cleaned up and raised again
             self.close()
             raise
 

@@ -88,7 +88,7 @@ class ObjectCache:
         if is_new:
             try:
                 _fill(entry.folder, store, infos)
-            except BaseException:
+            except BaseException:  # cleaned up and raised again
                 self._drop(name)
                 raise
             with self._changed:

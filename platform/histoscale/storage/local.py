@@ -213,7 +213,7 @@ def atomic_file(path: Path, mode: int) -> Iterator[IO[bytes]]:
             yield file
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except BaseException:
+    except BaseException:  # cleaned up and raised again
         temporary.unlink(missing_ok=True)
         raise
 

@@ -30,7 +30,7 @@ from histoscale.stream.reader import Reader, ReaderSpec
 DATASET = "tiles"
 """Name of the dataset: `ray.train.get_dataset_shard(DATASET)` is what `RankFeed` takes."""
 
-_PLANNER_CPUS = 0.1  # the read task only counts
+PLANNER_CPUS = 0.1  # the read task only counts
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def open_feed(spec: FeedSpec, workers: int, start_step: int) -> list[DataIterato
     context.raise_original_map_exception = True
     with DataContext.current(context):
         rows = ray.data.read_datasource(
-            _PlanRows(spec, workers, start_step), override_num_blocks=1, num_cpus=_PLANNER_CPUS
+            _PlanRows(spec, workers, start_step), override_num_blocks=1, num_cpus=PLANNER_CPUS
         )
         blocks = rows.map_batches(
             Reader,

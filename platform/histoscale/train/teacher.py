@@ -11,9 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from histoscale.checkpoint.fragments import MASTER, Fragment
-
-EMA = "ema"
+from histoscale.checkpoint.fragments import EMA, MASTER, Fragment
 
 # Parameters start at multiples of this in the flat buffer: kernels want 16-byte alignment.
 _ALIGN_ELEMENTS = 64
