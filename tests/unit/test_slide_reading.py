@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histoscale.errors import SlideError
-from histoscale.slides import openslide_reader
+from histoscale.slides import resample
 from histoscale.slides.openslide_reader import open_slide
 
 RULER_UM = 32.0
@@ -167,7 +167,7 @@ def test_blocks_leave_no_seam(ruler_slide: tuple[Path, float], monkeypatch: pyte
     slide = open_slide(ruler_slide[0])
     whole = slide.thumbnail(2.9).astype(np.int16)
     tile = slide.read(100.3, 200.7, 300, 0.7).astype(np.int16)
-    monkeypatch.setattr(openslide_reader, "_BLOCK_PX", 97)
+    monkeypatch.setattr(resample, "_BLOCK_PX", 97)
     # OpenSlide reaches a place of these levels only to an eighth of a pixel, and blends by that much.
     assert np.abs(slide.thumbnail(2.9) - whole).max() <= 10
     assert np.abs(slide.read(100.3, 200.7, 300, 0.7) - tile).max() <= 1

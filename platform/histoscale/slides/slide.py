@@ -20,6 +20,7 @@ class SlideInfo:
         mpp_origin: "vendor" (the format's own field), "tiff" (resolution tags) or "sidecar" (given by the user).
         vendor: The format's vendor as OpenSlide names it.
         level_downsamples: Downsample of each pyramid level, first 1.
+        mpp_conflict: Microns per px of another origin of the file that is plausible too and differs by more than 2 %.
     """
 
     width_px0: int
@@ -28,6 +29,7 @@ class SlideInfo:
     mpp_origin: MppOrigin
     vendor: str
     level_downsamples: tuple[float, ...]
+    mpp_conflict: float | None = None
 
 
 class Slide(Protocol):
