@@ -11,6 +11,7 @@ from botocore.exceptions import (
     HTTPClientError,
     IncompleteReadError,
     ReadTimeoutError,
+    ResponseStreamingError,
     SSLError,
     TokenRetrievalError,
 )
@@ -97,10 +98,12 @@ def in_boto_terms(error: Exception, endpoint: str) -> ClientError | BotoCoreErro
         return CredentialRetrievalError(provider="boto3", error_msg="the session gives none")
     if _NOT_PARTIAL.search(text):
         return refusal(WHOLE_OBJECT, 200)
-    if "invalid peer certificate" in text:
+    if "error: InvalidCertificate(" in text:
         return SSLError(endpoint_url=endpoint, error=ValueError("certificate"))
-    if "TimedOut" in text:
+    if "source: TimedOut" in text:
         return ReadTimeoutError(endpoint_url=endpoint)
+    if "response body error" in text:
+        return ResponseStreamingError(error="the answer broke off")
     return EndpointConnectionError(endpoint_url=endpoint)
 
 

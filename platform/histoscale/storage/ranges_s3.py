@@ -19,7 +19,13 @@ import boto3
 import botocore.session
 import obstore
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError, NoCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ResponseStreamingError,
+)
 from obstore.exceptions import BaseError
 from obstore.store import S3Store as ObstoreS3
 
@@ -205,7 +211,7 @@ class S3Ranges:
                 expected="status 206",
                 remedy="use a server, or a proxy before it, that knows ranges",
             )
-        if isinstance(error, IncompleteReadError):
+        if isinstance(error, IncompleteReadError | ResponseStreamingError):
             return StorageError(
                 f"an object of {self._root} broke off {failures} times while it was read",
                 remedy="check the network and the load of the server",
