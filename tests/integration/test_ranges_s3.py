@@ -325,11 +325,22 @@ class _Simple(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.now -= 1
         body = DATA[first : last + 1] if self.server.knows_ranges else DATA
+        self.server.token = self.headers.get("x-amz-security-token")
+        if self.server.refusal:
+            return self.refuse(*self.server.refusal)
         self.send_response(206 if self.server.knows_ranges else 200)
         self.send_header("ETag", f'"{self.server.etag}"')
         self.send_header("Last-Modified", "Tue, 24 Nov 2026 17:00:00 GMT")
         if self.server.knows_ranges:
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(DATA)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        return None
+
+    def refuse(self, status: int, code: str) -> None:
+        body = f"<Error><Code>{code}</Code><Key>S24</Key></Error>".encode() if code else b""
+        self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -348,6 +359,8 @@ class SimpleServer(ThreadingHTTPServer):
     pause_s = 0.0
     knows_ranges = True
     etag = ETAG
+    refusal: tuple[int, str] | None = None
+    token: str | None = None
 
 
 @pytest.fixture
@@ -379,6 +392,48 @@ def test_servers_that_ignore_ranges_or_conditions_are_found_out(simple_server: S
     simple_server.knows_ranges = False
     assert "answers a request for a range with the whole object" in diagnosis(lambda: read_five(reader, key))
     assert reader.stats.retries == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "text", "tries"),
+    [
+        (301, "PermanentRedirect", "lies in another region", 1),
+        (301, "", "lies in another region", 1),
+        (400, "AuthorizationHeaderMalformed", "refuses the AWS credentials", 1),
+        (400, "ExpiredToken", "refuses the AWS credentials", 8),
+        (403, "AccessDenied", "is denied", 1),
+        (403, "", "is denied", 1),
+        (403, "RequestTimeTooSkewed", "the clock of this machine", 1),
+        (404, "NoSuchBucket", "does not exist", 1),
+        (429, "", "is overloaded, after every retry", 8),
+        (500, "InternalError", "refuses a request", 8),
+        (501, "NotImplemented", "refuses a request", 1),
+        (502, "", "refuses a request", 8),
+    ],
+)
+def test_what_a_server_says_decides_on_another_try(
+    simple_server: SimpleServer, status: int, code: str, text: str, tries: int, quick_retries: None
+) -> None:
+    simple_server.refusal = (status, code)
+    reader = open_ranges("s3://bucket")
+    assert text in diagnosis(lambda: read_five(reader))
+    assert reader.stats == RangeStats(tries, 0, tries - 1)
+
+
+@pytest.mark.parametrize(("status", "code"), [(404, "NoSuchKey"), (404, ""), (412, ""), (416, "")])
+def test_what_a_server_says_of_the_object_is_a_fault_of_the_content(
+    simple_server: SimpleServer, status: int, code: str
+) -> None:
+    simple_server.refusal = (status, code)
+    with pytest.raises(ObjectChanged) as caught:
+        read_five(open_ranges("s3://bucket"))
+    assert "S24" not in str(caught.value)
+
+
+def test_the_token_of_a_session_is_sent(simple_server: SimpleServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "token")
+    assert read_five(open_ranges("s3://bucket")) == [DATA[:5]]
+    assert simple_server.token == "token"
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate")

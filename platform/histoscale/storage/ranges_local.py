@@ -31,7 +31,7 @@ class LocalRanges:
 
     Args:
         store: The folder.
-        in_flight: Most batches that are read at once.
+        in_flight: Most submitted batches that are read at once; on one machine, more than eight gain nothing.
     """
 
     def __init__(self, store: LocalStore, in_flight: int) -> None:

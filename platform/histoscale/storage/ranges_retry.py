@@ -47,6 +47,7 @@ _TRANSIENT_ERRORS = (
     IncompleteReadError,
     TokenRetrievalError,
 )
+OTHER_REGION = "PermanentRedirect"
 WHOLE_OBJECT = "WholeObject"  # our word beside S3's
 
 
@@ -98,6 +99,8 @@ def in_boto_terms(error: Exception, endpoint: str) -> ClientError | BotoCoreErro
         return CredentialRetrievalError(provider="boto3", error_msg="the session gives none")
     if _NOT_PARTIAL.search(text):
         return refusal(WHOLE_OBJECT, 200)
+    if "Received redirect" in text:
+        return refusal(OTHER_REGION, 301)
     if "error: InvalidCertificate(" in text:
         return SSLError(endpoint_url=endpoint, error=ValueError("certificate"))
     if "source: TimedOut" in text:

@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import contextlib
 import os
 import random
 import re
@@ -55,7 +56,7 @@ _CREDENTIALS_LAST_S = 60
 # from the ends.
 _COMPONENT = r"(?!\.{1,2}(?:/|\Z))[^/\x00-\x1f\x7f]+"
 _PLAIN_NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
-_TOTAL_BYTES = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ class _Answer:
 class S3Ranges:
     """The ranges of the objects under a prefix of a bucket; see `RangeReader` for what the methods promise.
 
-    A read is tried up to 8 times within a minute, with exponential backoff and full jitter.
+    A read is tried up to 8 times within a minute, with exponential backoff and full jitter; each try has half a minute,
+    so what is larger than a few hundred megabytes goes in several requests.
 
     Args:
         bucket: Name of the bucket; `AWS_ENDPOINT_URL` or the AWS profile says at which server.
@@ -187,11 +189,11 @@ class S3Ranges:
     def _get_through_boto(self, name: str, request: RangeRequest) -> _Answer:
         wanted = f"bytes={request.start}-{request.start + request.length - 1}"
         answer = self._boto.get_object(Bucket=self._bucket, Key=name, Range=wanted, IfMatch=f'"{request.etag}"')
-        body = answer["Body"].read()
-        part = _TOTAL_BYTES.fullmatch(answer.get("ContentRange", ""))
-        if part is None:
-            raise ranges_retry.refusal(ranges_retry.WHOLE_OBJECT, 200)
-        return _Answer(body, int(part[2]) + 1, int(part[3]), answer.get("ETag"))
+        part = _CONTENT_RANGE.fullmatch(answer.get("ContentRange", ""))
+        with contextlib.closing(answer["Body"]) as body:
+            if part is None:
+                raise ranges_retry.refusal(ranges_retry.WHOLE_OBJECT, 200)
+            return _Answer(body.read(), int(part[2]) + 1, int(part[3]), answer.get("ETag"))
 
     def _count(self, requests: int = 0, received_bytes: int = 0, retries: int = 0) -> None:
         old = self._stats  # only the background thread writes
@@ -210,6 +212,12 @@ class S3Ranges:
                 f"the server of {self._root} answers a request for a range with the whole object",
                 expected="status 206",
                 remedy="use a server, or a proxy before it, that knows ranges",
+            )
+        if s3_errors.code(error) == ranges_retry.OTHER_REGION:
+            return StorageError(
+                f"the bucket of {self._root} lies in another region",
+                value=self._boto.meta.region_name,
+                remedy="set AWS_DEFAULT_REGION to the bucket's region",
             )
         if isinstance(error, IncompleteReadError | ResponseStreamingError):
             return StorageError(
