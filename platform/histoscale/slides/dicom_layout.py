@@ -14,7 +14,7 @@ import numpy as np
 
 from histoscale.errors import SlideError
 from histoscale.slides.header import HeaderReader
-from histoscale.slides.layout import ITEM_HEADER_BYTES, MAX_TILE_PX, Codec, Colour, Level, SlideLayout, Table
+from histoscale.slides.layout import ITEM_HEADER_BYTES, Codec, Colour, Level, SlideLayout, Table, fits_in_place
 from histoscale.slides.scale import level_downsample
 from histoscale.slides.tiff_layout import Found
 
@@ -290,7 +290,7 @@ def _level(index: int, one: _Instance, size0: tuple[int, int]) -> Level:
         or one.text(_ORGANIZATION)[0] != "TILED_FULL"
         or one.text(_FRAMES)[0] != str(frames)
         or one.pixels.length != _UNDEFINED
-        or tile_width * tile_height > MAX_TILE_PX
+        or not fits_in_place(tile_width, tile_height)
         or frames > _MAX_FRAMES
     ):
         raise _NotInPlaceError

@@ -17,8 +17,6 @@ Codec = Literal["raw", "lzw", "deflate", "jpeg", "jpeg2000"]
 Colour = Literal["rgb", "ycbcr"]
 Vendor = Literal["aperio", "generic-tiff", "dicom"]
 
-MAX_TILE_PX = 4096 * 4096
-"""Px of the largest tile that is read in place."""
 
 ITEM_HEADER_BYTES = 8
 """Tag and length before each frame of a DICOM object."""
@@ -26,6 +24,9 @@ ITEM_HEADER_BYTES = 8
 _CODECS: tuple[Codec, ...] = ("raw", "lzw", "deflate", "jpeg", "jpeg2000")
 _COLOURS: tuple[Colour, ...] = ("rgb", "ycbcr")
 _VENDORS: tuple[Vendor, ...] = ("aperio", "generic-tiff", "dicom")
+
+_MAX_TILE_PX = 4096 * 4096
+_MAX_TILE_SIDE_PX = 2**15
 
 _MAGIC = b"HSL1"
 _HEAD = struct.Struct("<BHH")
@@ -174,6 +175,11 @@ class SlideLayout:
                     raise _damaged("a table of tiles beyond the object")
 
 
+def fits_in_place(tile_width: int, tile_height: int) -> bool:
+    """Whether tiles of this size in px are small enough to be read in place."""
+    return max(tile_width, tile_height) <= _MAX_TILE_SIDE_PX and tile_width * tile_height <= _MAX_TILE_PX
+
+
 def _pack_level(level: Level, blobs: list[bytes]) -> bytes:
     head = _LEVEL.pack(
         level.width,
@@ -247,7 +253,7 @@ def _unpack_table(body: bytes, at: int, blobs: list[bytes]) -> Table:
 
 def _check_level(level: Level) -> None:
     sizes = (level.width, level.height, level.tile_width, level.tile_height)
-    if min(sizes) < 1 or level.tile_width * level.tile_height > MAX_TILE_PX:
+    if min(sizes) < 1 or not fits_in_place(level.tile_width, level.tile_height):
         raise _damaged("sizes of no tile or level")
     if not (math.isfinite(level.downsample) and level.downsample >= 1):
         raise _damaged("a level finer than the first")

@@ -13,7 +13,7 @@ import numpy as np
 
 from histoscale.errors import SlideError
 from histoscale.slides.header import HeaderReader
-from histoscale.slides.layout import MAX_TILE_PX, Codec, Colour, Level, SlideLayout, Table, Vendor
+from histoscale.slides.layout import Codec, Colour, Level, SlideLayout, Table, Vendor, fits_in_place
 from histoscale.slides.scale import level_downsample
 from histoscale.slides.slide import MppOrigin
 
@@ -231,7 +231,7 @@ def _level(tiff: _Tiff, fields: _Fields, vendor: Vendor, size0: tuple[int, int])
     tile_width, tile_height = tiff.number(fields, _TILE_WIDTH), tiff.number(fields, _TILE_HEIGHT)
     if min(width, height, tile_width, tile_height) < 1 or max(width, height) >= 2**31:
         raise damaged_tiff(f"a level of {width} x {height} px in tiles of {tile_width} x {tile_height}")
-    if kind is None or tile_width * tile_height > MAX_TILE_PX:
+    if kind is None or not fits_in_place(tile_width, tile_height):
         return None
     tiles = -(-width // tile_width) * -(-height // tile_height)
     estimate = (size0[0] / width + size0[1] / height) / 2
