@@ -95,7 +95,7 @@ def test_tissue_is_accepted_to_its_share(
         ("pil-images-rgb/tcga-green-pen.png", 4, (0.28, 0.7, 0.34, 0.95), (0.02, 0.1, 0.3, 0.35)),
         ("pil-images-rgb/tcga-red-pen.png", 4, (0.08, 0.35, 0.3, 0.9), (0.6, 0.35, 0.98, 0.9)),
         ("pil-images-rgb/wsi-blue-pen.png", 60, (0.84, 0.45, 0.97, 0.53), (0.42, 0.3, 0.58, 0.6)),
-        ("pil-images-rgb/diagnostic-slide-thumb-rgb.png", 40, (0.07, 0.75, 0.11, 0.93), (0.6, 0.62, 0.8, 0.7)),
+        ("pil-images-rgb/diagnostic-slide-thumb-rgb.png", 40, (0.07, 0.75, 0.11, 0.93), (0.26, 0.28, 0.37, 0.4)),
         ("tiles/high-nuclei-score-red-pen-level1.png", 1, (0.5, 0.25, 0.6, 0.45), (0.02, 0.6, 0.8, 0.98)),
         ("tiles/medium-nuclei-score-green-pen-level1.png", 1, (0.5, 0.02, 0.98, 0.4), (0.7, 0.8, 0.98, 0.98)),
     ],
