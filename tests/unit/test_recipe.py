@@ -27,6 +27,20 @@ def test_a_resolved_recipe_reads_back_as_itself() -> None:
     assert decode_recipe(parse_yaml(dump_recipe(recipe), "test")) == recipe
 
 
+def test_ranges_and_balance_read_back_as_themselves() -> None:
+    data = {
+        "mix": [{"mpp": [0.25, 1.0], "share": 1}, {"mpp": 0.5, "share": 2}],
+        "balance": ["site", "stain"],
+        "temperature": 2.0,
+        "weights": {"stain": {"IHC": 0}},
+        "max_tiles_per_slide": 900,
+    }
+    recipe = decode_recipe({"data": data})
+    assert [entry.mpp for entry in recipe.data.mix] == [(0.25, 1.0), 0.5]
+    assert recipe.data.weights == {"stain": {"IHC": 0.0}}
+    assert decode_recipe(parse_yaml(dump_recipe(recipe), "test")) == recipe
+
+
 def test_recipes_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Recipe().seed = 1  # type: ignore[misc]
@@ -58,6 +72,15 @@ def test_every_problem_of_a_file_is_reported_at_once_with_the_nearest_name() -> 
         ({"crops": {"local_px": 392}}, "crops.local_px of up to .* must fit in data.region_px"),
         ({"data": {"mix": [{"mpp": 1, "share": 1}, {"mpp": 1, "share": 2}]}}, "each mpp may stand once"),
         ({"data": {"mix": []}}, "at least 1 item"),
+        ({"data": {"mix": [{"mpp": [1, 0.5], "share": 1}]}}, r"mix\.0: a range of mpp must be \[finest, coarsest\]"),
+        ({"data": {"mix": [{"mpp": [0.5, 0.5], "share": 1}]}}, r"a range of mpp must be \[finest, coarsest\]"),
+        ({"data": {"mix": [{"mpp": [0.5, 30], "share": 1}]}}, r"mix\.0\.mpp\.range\.1 = 30: input should be less than"),
+        ({"data": {"mix": [{"mpp": [0.5], "share": 1}]}}, r"mix\.0\.mpp\.range\.1 = .*field required"),
+        ({"data": {"mix": [{"mpp": "x", "share": 1}]}}, r"mix\.0\.mpp\.scale = 'x'"),
+        ({"data": {"mix": [{"mpp": [0.5, 1], "share": 1}] * 2}}, "each mpp may stand once"),
+        ({"data": {"temperature": 0}}, "data.temperature = 0: input should be greater than 0"),
+        ({"data": {"weights": {"site": {"A": -1}}}}, "data.weights.site.A = -1"),
+        ({"data": {"max_tiles_per_slide": 0}}, "data.max_tiles_per_slide = 0"),
         ({"loss": {"mask_ratio": [0.5, 0.1]}}, "mask_ratio must be"),
         ({"schedule": {"images": 5}}, "must hold one step"),
         ({"batch": {"tiles": 64, "replicas": 4}, "cluster": {"workers": 5}}, "must not exceed batch.replicas"),

@@ -7,7 +7,7 @@ those of facebookresearch/dinov2's ViT-L configuration, those marked [Virchow2] 
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from histoscale.config.archs import ARCHS
 
@@ -25,11 +25,26 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
-class Magnification(Section):
-    """One scale of the mix and its share of the tiles (shares need not sum to one)."""
+Scale = Annotated[float, Field(ge=0.05, le=20.0)]
 
-    mpp: Annotated[float, Field(ge=0.05, le=20.0)]
+
+class Magnification(Section):
+    """One scale of the mix, or a range (finest, coarsest) to draw from, and its share of the tiles.
+
+    Shares need not sum to one.
+    """
+
+    mpp: Annotated[
+        Annotated[Scale, Tag("scale")] | Annotated[tuple[Scale, Scale], Tag("range")],
+        Discriminator(lambda mpp: "range" if isinstance(mpp, list | tuple) else "scale"),
+    ]
     share: Share
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if isinstance(self.mpp, tuple) and not self.mpp[0] < self.mpp[1]:
+            raise ValueError(f"a range of mpp must be [finest, coarsest], got {list(self.mpp)}")
+        return self
 
 
 class DataSection(Section):
@@ -44,6 +59,12 @@ class DataSection(Section):
     region_px: Annotated[int, Field(ge=16, le=2048)] = 392  # [Virchow2]
     max_upsample: Annotated[float, Field(ge=1.0, le=2.0)] = 1.1
     min_tissue: Probability = 0.65  # [Virchow2] a tile is kept from 65 % tissue on
+    min_tile_tissue: Probability = 0.4  # of the tile as it was read; 0 switches the test off
+    min_sharpness: NonNegative = 0.5  # of the tile as it was read, 1 being sharp at its scale; 0 switches it off
+    balance: tuple[str, ...] = ()  # columns of the index whose values, combined, make the strata
+    temperature: Positive = 1.0  # 1: strata as large as in the archive; the larger, the more alike
+    weights: dict[str, dict[str, NonNegative]] = {}  # column -> value -> factor; 0 leaves its slides out
+    max_tiles_per_slide: Count | None = None  # of the whole run; what is cut goes to the other strata
 
     @model_validator(mode="after")
     def _scales_differ(self) -> Self:
@@ -183,6 +204,13 @@ class CheckpointSection(Section):
     keep_last: Count = 3
 
 
+class StreamSection(Section):
+    """What the stream of tiles bears before it stops the run: the lower of the two bounds, but one slide always."""
+
+    max_bad_slides: Annotated[int, Field(ge=0)] = 1000
+    max_bad_share: Probability = 0.05
+
+
 class ClusterSection(Section):
     """How the run is mapped to hardware: the one section that may change when a run resumes."""
 
@@ -190,10 +218,22 @@ class ClusterSection(Section):
     workers: Count = 1
     zero_stage: Literal[1, 2, 3] = 2
     cpus_per_worker: Count = 1
-    readers: Count = 2
+    readers: Count | tuple[Count, Count] = 2  # a number, or the bounds between which Ray Data scales
     slide_cache_gb: Positive = 50.0
     max_failures: Annotated[int, Field(ge=0)] = 5
     start_timeout_s: Positive = 600.0
+
+    @property
+    def reader_bounds(self) -> tuple[int, int]:
+        """Least and largest number of readers."""
+        return (self.readers, self.readers) if isinstance(self.readers, int) else self.readers
+
+    @model_validator(mode="after")
+    def _readers_ordered(self) -> Self:
+        low, high = self.reader_bounds
+        if low > high:
+            raise ValueError(f"readers must be a number or (least, most), got ({low}, {high})")
+        return self
 
 
 class Recipe(Section):
@@ -211,6 +251,7 @@ class Recipe(Section):
     optim: OptimSection = OptimSection()
     schedule: ScheduleSection = ScheduleSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    stream: StreamSection = StreamSection()
     cluster: ClusterSection = ClusterSection()
 
     @property

@@ -10,8 +10,12 @@ after a million groups every share is exact, and sums over groups are sums of fl
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
+import numpy as np
+from numpy.typing import NDArray
+
 PARTS = 1_000_000
 _STRIDE = 618_033  # golden section of PARTS and coprime to it: offsets of neighbouring groups lie far apart
+_KEPT_GROUPS = 256
 
 
 def parts_per_million(shares: Sequence[float]) -> tuple[int, ...]:
@@ -32,6 +36,15 @@ class Mixture:
         cumulative = [0, *accumulate(parts_per_million(shares))]
         self._whole = [tiles * part // PARTS for part in cumulative]
         self._rest = [tiles * part % PARTS for part in cumulative]
+        self._cuts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    def cut(self, group: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`bounds` and `before` of a group as arrays; those of the groups asked for last are kept."""
+        if group not in self._cuts:
+            if len(self._cuts) >= _KEPT_GROUPS:
+                self._cuts.clear()
+            self._cuts[group] = np.array(self.bounds(group), np.int64), np.array(self.before(group), np.int64)
+        return self._cuts[group]
 
     def bounds(self, group: int) -> list[int]:
         """Where the runs of this group begin and end: Q + 1 integers, from 0 to `tiles`."""

@@ -6,41 +6,14 @@ read without resampling.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 _TOLERANCE = 1e-9  # scales and shares come from decimal text
-
-
-class SlideGeometry(Protocol):
-    """What the plan needs to know of a slide; `slides.index.SlideRecord` is one."""
-
-    @property
-    def slide_id(self) -> str:
-        """Name of the slide in every table and log."""
-
-    @property
-    def width_px0(self) -> int:
-        """Width in level-0 pixels."""
-
-    @property
-    def height_px0(self) -> int:
-        """Height in level-0 pixels."""
-
-    @property
-    def mpp(self) -> float:
-        """Microns per level-0 pixel."""
-
-    @property
-    def mask(self) -> NDArray[np.bool_]:
-        """Tissue: bool [h, w]."""
-
-    @property
-    def mask_px0(self) -> float:
-        """Level-0 pixels per mask pixel, on both axes."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +27,8 @@ class Grid:
         top_px0: Upper edge of the first square.
         pitch_px0: Distance between neighbours: the side, rounded up to a whole pixel.
         side_px0: Side of a square.
+        width_px0: Width of the slide.
+        height_px0: Height of the slide.
     """
 
     columns: int
@@ -62,18 +37,76 @@ class Grid:
     top_px0: int
     pitch_px0: int
     side_px0: float
-
-    def corners_px0(self, cells_P: NDArray[np.int32]) -> NDArray[np.float64]:
-        """Upper left corners of the squares with these numbers: float64 [P, 2], x then y."""
-        rows_P, columns_P = np.divmod(cells_P, max(self.columns, 1))
-        x_P = self.left_px0 + columns_P.astype(np.float64) * self.pitch_px0
-        y_P = self.top_px0 + rows_P.astype(np.float64) * self.pitch_px0
-        return np.stack([x_P, y_P], axis=1)
+    width_px0: int
+    height_px0: int
 
 
-def serves(slide_mpp: float, mpp: float, max_upsample: float) -> bool:
-    """Whether a slide scanned at `slide_mpp` gives tiles at `mpp`, enlarged by at most `max_upsample`."""
-    return slide_mpp <= mpp * max_upsample * (1.0 + _TOLERANCE)
+@dataclass(frozen=True)
+class SlidePlaces:
+    """The squares of one slide at one scale that hold enough tissue.
+
+    Attributes:
+        squares: The grid.
+        cells: int32 [P], their numbers in the grid, ascending: neighbours side by side mostly follow each other.
+    """
+
+    squares: Grid
+    cells: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The grids of N regions, column by column; float64 [N] each, as the fields of `Grid`."""
+
+    columns: NDArray[np.float64]
+    left_px0: NDArray[np.float64]
+    top_px0: NDArray[np.float64]
+    pitch_px0: NDArray[np.float64]
+    side_px0: NDArray[np.float64]
+    width_px0: NDArray[np.float64]
+    height_px0: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, grids: Sequence[Grid]) -> Self:
+        """One row for each grid."""
+        values = [
+            (g.columns or 1, g.left_px0, g.top_px0, g.pitch_px0, g.side_px0, g.width_px0, g.height_px0) for g in grids
+        ]
+        return cls(*np.array(values, np.float64).T)
+
+    def take(self, which_N: NDArray[np.int64]) -> Self:
+        """The rows with these numbers."""
+        return type(self)(*(getattr(self, name)[which_N] for name in self.__dataclass_fields__))
+
+    def corners_px0(
+        self, cells_N: NDArray[np.integer[Any]], sizes_N: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Upper left corners, x and y, of regions of `sizes_N` squares' sides, centred in their squares."""
+        rows_N, columns_N = np.divmod(cells_N, self.columns)
+        inset_N = np.floor((1.0 - sizes_N) * self.side_px0 / 2.0)
+        return (
+            self.left_px0 + columns_N * self.pitch_px0 + inset_N,
+            self.top_px0 + rows_N * self.pitch_px0 + inset_N,
+        )
+
+    def moved_px0(
+        self,
+        x_N: NDArray[np.float64],
+        y_N: NDArray[np.float64],
+        sizes_N: NDArray[np.float64],
+        shifts_N2: NDArray[np.float64],
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Corners shifted by a part of the region's side (x, y), to whole pixels inside the slide."""
+        side_N = sizes_N * self.side_px0
+        return (
+            np.clip(np.rint(x_N + shifts_N2[:, 0] * side_N), 0.0, np.floor(self.width_px0 - side_N)),
+            np.clip(np.rint(y_N + shifts_N2[:, 1] * side_N), 0.0, np.floor(self.height_px0 - side_N)),
+        )
+
+
+def coarsest_scan_mpp(mpp: float, max_upsample: float) -> float:
+    """Scale up to which a slide gives tiles at `mpp`, enlarged by at most `max_upsample`."""
+    return mpp * max_upsample * (1.0 + _TOLERANCE)
 
 
 def grid(width_px0: int, height_px0: int, side_px0: float) -> Grid:
@@ -82,7 +115,7 @@ def grid(width_px0: int, height_px0: int, side_px0: float) -> Grid:
     columns, rows = width_px0 // pitch_px0, height_px0 // pitch_px0
     left_px0 = (width_px0 - columns * pitch_px0) // 2
     top_px0 = (height_px0 - rows * pitch_px0) // 2
-    return Grid(columns, rows, left_px0, top_px0, pitch_px0, side_px0)
+    return Grid(columns, rows, left_px0, top_px0, pitch_px0, side_px0, width_px0, height_px0)
 
 
 def integral(mask_HW: NDArray[np.bool_]) -> NDArray[np.int32]:
@@ -109,11 +142,21 @@ def tissue_cells(
     return (area_RC >= (min_tissue - _TOLERANCE) * side * side).reshape(-1)
 
 
-def places(slide: SlideGeometry, mpp: float, region_px: int, min_tissue: float) -> NDArray[np.float64]:
-    """Upper left corners of the regions with enough tissue: float64 [P, 2], level-0 x then y, row by row."""
-    squares = grid(slide.width_px0, slide.height_px0, region_px * mpp / slide.mpp)
-    cells = tissue_cells(squares, integral(slide.mask), slide.mask_px0, min_tissue)
-    return squares.corners_px0(np.flatnonzero(cells).astype(np.int32))
+def find_places(
+    mask_HW: NDArray[np.bool_], size_px0: tuple[int, int], side_px0: float, mask_px0: float, min_tissue: float
+) -> SlidePlaces:
+    """The places of one slide at one scale.
+
+    Args:
+        mask_HW: Tissue.
+        size_px0: Width and height of the slide.
+        side_px0: Side of a region.
+        mask_px0: Level-0 pixels per mask pixel.
+        min_tissue: Least share of tissue in a region.
+    """
+    squares = grid(*size_px0, side_px0)
+    cells = tissue_cells(squares, integral(mask_HW), mask_px0, min_tissue)
+    return SlidePlaces(squares, np.flatnonzero(cells).astype(np.int32))
 
 
 def _interpolate(table: NDArray[Any], at: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
