@@ -4,15 +4,14 @@ Names stay out of Ray's hands: Ray Data's rows hold slide ids, and the readers t
 object store, so that no row, log line or exception of Ray can show where a slide lies.
 """
 
-import contextlib
-import math
+import heapq
 import os
 import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,73 +19,44 @@ import pyarrow as pa
 import ray
 from ray.util.annotations import RayDeprecationWarning
 
-from histoscale.errors import HistoscaleError, SlideError, SlideIndexError
-from histoscale.slides.examine import NO_TISSUE, examine
-from histoscale.slides.identity import index_key, slide_id
-from histoscale.slides.index import (
+from histoscale.errors import HistoscaleError, SlideError, SlideIndexError, StorageError
+from histoscale.slides.archive import Archive, describe_slides, list_slides, read_tables
+from histoscale.slides.commit import commit
+from histoscale.slides.examine import EXAMINATION_VERSION, NO_TISSUE, examine
+from histoscale.slides.external_sort import SlideSorter
+from histoscale.slides.gather import Gathering, forget_pending
+from histoscale.slides.identity import index_key
+from histoscale.slides.index import RefusedSlide, write_refused
+from histoscale.slides.opening import open_located
+from histoscale.slides.pending import Spill
+from histoscale.slides.progress import IndexProgress
+from histoscale.slides.records import EXAMINED_SCHEMA, Refusal, SlideLocation, SlideRecord, record_to_row
+from histoscale.slides.snapshot import (
     HEADER,
+    PROTECTED,
     REFUSED,
-    RefusedSlide,
+    Snapshot,
     has_our_header,
     is_ours,
-    make_index,
     protected,
-    read_index,
-    read_locations,
-    write_index,
-    write_refused,
 )
-from histoscale.slides.locate import SINGLE_FILE_SUFFIXES, LocatedSlide, locate
-from histoscale.slides.records import (
-    SLIDES_SCHEMA,
-    Refusal,
-    SlideIndex,
-    SlideLocation,
-    SlideRecord,
-    record_from_row,
-    record_to_row,
-)
-from histoscale.slides.sidecar import read_sidecar
-from histoscale.storage import Store, join, open_store
-from histoscale.storage.cache import ObjectCache, local_name
+from histoscale.slides.strata import parse_pattern
+from histoscale.slides.table_cache import TableCache
+from histoscale.storage import Store, open_store
+from histoscale.storage.ranges import RangeReader, open_ranges
 
-DEFAULT_SIDECAR = "slides.csv"
 DEFAULT_CACHE_BYTES = 64 * 2**30
 WAVE = 4096
 """Slides per Ray Data execution: bounds what the driver and each reader hold of an archive of millions."""
+PICTURES = 64
+"""Slides of which a small picture is kept, for the report; chosen by their ids, which are random."""
 
 _CACHE_FOLDER = Path(tempfile.gettempdir()) / f"histoscale-index-{os.getuid()}"
-_OUTCOME_SCHEMA = SLIDES_SCHEMA.append(pa.field("reason", pa.string()))
+_TABLES_BYTES = 8 * 2**20
+_OUTCOME_SCHEMA = EXAMINED_SCHEMA.append(pa.field("reason", pa.string())).append(pa.field("unreachable", pa.bool_()))
 _TRIES = 3  # of a slide whose reader process dies: a lost node is not the slide's fault, a third death is
+_ROUNDS = 2  # over slides that the storage did not give, beside the storage layer's own retries
 _CRASHED = "its reader process died"
-
-
-@dataclass(frozen=True)
-class IndexProgress:
-    """How far an indexing is, in slides; `reused` are those that the index in place already holds."""
-
-    total: int
-    accepted: int
-    refused: int
-    reused: int
-    slides_per_s: float
-
-    @property
-    def done(self) -> int:
-        """Slides that are decided."""
-        return self.accepted + self.refused + self.reused
-
-    @property
-    def eta_s(self) -> float:
-        """Seconds to the end at the present rate; infinite before the first slide."""
-        left = self.total - self.done
-        return left / self.slides_per_s if self.slides_per_s else float("inf") if left else 0.0
-
-    def line(self) -> str:
-        """The progress as a line for a person to read."""
-        eta = "" if math.isinf(self.eta_s) else f", {self.slides_per_s:.2f} slides/s, {self.eta_s:.0f} s left"
-        kept = f", {self.reused} unchanged" if self.reused else ""
-        return f"{self.done} of {self.total} slides: {self.accepted} accepted, {self.refused} refused{kept}{eta}"
 
 
 def build_index(
@@ -94,155 +64,136 @@ def build_index(
     out_uri: str,
     *,
     sidecar: str | None = None,
+    strata: str | None = None,
+    pattern: str | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     connect: Callable[[], None] | None = None,
     progress: Callable[[IndexProgress], None] | None = None,
-) -> SlideIndex:
+) -> Snapshot:
     """Index the slides of a folder, a bucket's prefix or one file.
 
-    Run again with the same places, it examines only what is new, changed or was refused.
+    Run again with the same places, it examines only what is new or has changed, and what the storage did not give;
+    killed, it goes on where it was.
 
     Args:
         slides_uri: Where the slides are; the root that slide ids are relative to (for one file: its folder).
         out_uri: Where the index goes.
-        sidecar: A CSV `slide,mpp`; by default `slides.csv` of `slides_uri`, where there is one.
+        sidecar: A CSV `slide,mpp` and strata; by default `slides.csv` of `slides_uri`, where there is one.
+        strata: A CSV `slide` and strata; wins over the sidecar.
+        pattern: A regular expression on paths whose named groups are strata.
         cache_bytes: Disk that a reader may use for its copy of a remote slide.
         connect: Joins the cluster; called once the inputs are checked, and only where there are slides to examine.
         progress: Called after each slide.
 
     Raises:
-        SlideIndexError: No slides, all of them refused, no tissue anywhere, or faults in the sidecar.
+        SlideIndexError: No slides, none of them accepted, or faults in what the user says of them.
         StorageError: A place that cannot be read or written.
     """
-    source, only = _root(slides_uri)
-    slides = _slides(source)
-    mpp_by_path = _read_sidecar(source, sidecar, slides)
-    slides = [slide for slide in slides if only in (None, slide.path)]
+    parsed = None if pattern is None else parse_pattern(pattern)
+    source = list_slides(slides_uri)
+    tables = read_tables(source, sidecar, strata)
     out = open_store(out_uri)
-    _refuse_strangers(out)
-    key = index_key(protected(out))
-    paths = {slide_id(key, slide.path): slide.path for slide in slides}
-    locations = {
-        name: SlideLocation(source.uri, slide.objects, mpp_by_path.get(slide.path))
-        for name, slide in zip(paths, slides, strict=True)
-    }
-    reused = _reusable(out, locations)
-    if connect is not None and len(reused) < len(locations):
-        connect()
-    found = _examine_all(locations, reused, cache_bytes, progress)
-    refusals = [Refusal(name, reason) for name, reason in found.reasons.items()]
-    refused = [RefusedSlide(refusal, join(source.uri, paths[refusal.slide_id])) for refusal in refusals]
-    write_refused(out, refused)
-    if not found.records:
-        raise _nothing_accepted(refusals)
-    index = make_index(found.records, refusals)
-    write_index(out, index, locations)
-    return index
+    refuse_strangers(out)
+    archive = describe_slides(source, index_key(protected(out)), tables, parsed)
+    with tempfile.TemporaryDirectory(prefix="histoscale-sort-") as folder:
+        sorter = SlideSorter(Path(folder), len(archive.slides))
+        found = Gathering(archive, sorter)
+        found.take_earlier(out)
+        if connect is not None and found.left:
+            connect()
+        unreachable = _examine_left(archive, found, out, cache_bytes, progress)
+        refusals = [Refusal(name, row["reason"]) for name, row in found.refusals.items()]
+        lost = [Refusal(name, f"unreachable: {reason}") for name, reason in unreachable.items()]
+        write_refused(out, [RefusedSlide(refusal, archive.uri(refusal.slide_id)) for refusal in refusals + lost])
+        if not found.accepted:
+            raise _nothing_accepted(refusals, lost)
+        snapshot = commit(out, sorter, list(found.refusals.values()), archive.about(), unreachable=len(unreachable))
+    forget_pending(out, found.pending)
+    return snapshot
 
 
-def _refuse_strangers(out: Store) -> None:
-    """An index is written only where nothing is, or where an index is; never over a run or an export."""
-    strangers = [info.key for info in out.list() if not is_ours(info.key)]
+def refuse_strangers(out: Store) -> None:
+    """Refuse to write where something else than an index is, such as a run or an export.
+
+    Raises:
+        SlideIndexError: The place holds something else.
+    """
+    strangers = any(not is_ours(info.key) for info in out.list())
     if strangers or (out.exists(HEADER) and not has_our_header(out)):
         raise SlideIndexError(
-            f"{out.uri} holds something else than an index",
+            f"{out.uri} holds something else than an index of this version",
             expected="an empty place or that of an earlier index",
             remedy="give another place with --out",
         )
 
 
-def _root(slides_uri: str) -> tuple[Store, str | None]:
-    """The store that slides are listed in, and the path of the only one wanted where the URI names one."""
-    root, _, name = slides_uri.rstrip("/").rpartition("/")
-    if root and PurePosixPath(name).suffix.lower() in SINGLE_FILE_SUFFIXES:
-        parent = open_store(root, private=True)
-        if parent.exists(name):
-            return parent, name
-    return open_store(slides_uri, private=True), None
+class _Meter:
+    """Counts outcomes and tells the user."""
+
+    def __init__(self, total: int, reused: int, tell: Callable[[IndexProgress], None] | None) -> None:
+        self._total, self._reused, self._tell = total, reused, tell
+        self._start_s = time.monotonic()
+        self.accepted = self.refused = self.unreachable = 0
+
+    def tell(self) -> None:
+        """Say how far it is."""
+        if self._tell is None:
+            return
+        elapsed_s = time.monotonic() - self._start_s
+        rate = (self.accepted + self.refused) / elapsed_s if elapsed_s else 0.0
+        self._tell(IndexProgress(self._total, self.accepted, self.refused, self._reused, rate, self.unreachable))
 
 
-def _slides(source: Store) -> Sequence[LocatedSlide]:
-    located = locate(source.list())
-    if not located.slides:
-        raise SlideIndexError(
-            "no slides found",
-            value=f"{located.ignored} other objects",
-            expected=f"objects ending in {' '.join(SINGLE_FILE_SUFFIXES)}, or folders of .dcm",
-            remedy="give the folder, the bucket's prefix or the file that holds slides",
-        )
-    return located.slides
-
-
-def _read_sidecar(source: Store, sidecar: str | None, slides: Sequence[LocatedSlide]) -> dict[str, float]:
-    if sidecar is None:
-        if not source.exists(DEFAULT_SIDECAR):
-            return {}
-        return read_sidecar(source.get(DEFAULT_SIDECAR), slides)
-    folder, _, name = sidecar.rpartition("/")
-    store = open_store(folder or ("/" if sidecar.startswith("/") else "."))
-    if not store.exists(name):
-        raise SlideIndexError(
-            "the sidecar CSV is not there", expected="the path or URI of a CSV with the columns slide,mpp"
-        )
-    return read_sidecar(store.get(name), slides)
-
-
-def _reusable(out: Store, locations: Mapping[str, SlideLocation]) -> list[SlideRecord]:
-    """Records of the index in place whose objects and sidecar entry are what they were."""
-    try:
-        records, before = read_index(out).records, read_locations(out)
-    except SlideIndexError:
-        # None yet, of another version, or torn: this run replaces it.
-        return []
-    return [
-        record
-        for record in records
-        if record.slide_id in locations and before.get(record.slide_id) == locations[record.slide_id]
-    ]
-
-
-@dataclass(frozen=True)
-class _Found:
-    records: list[SlideRecord]
-    reasons: dict[str, str]
-
-
-def _examine_all(
-    locations: Mapping[str, SlideLocation],
-    reused: Sequence[SlideRecord],
+def _examine_left(
+    archive: Archive,
+    found: Gathering,
+    out: Store,
     cache_bytes: int,
     progress: Callable[[IndexProgress], None] | None,
-) -> _Found:
-    found = _Found(list(reused), {})
-    kept = {record.slide_id for record in reused}
-    pending = [name for name in locations if name not in kept]
-    start_s = time.monotonic()
+) -> dict[str, str]:
+    """Examine the slides without an outcome; slide id -> reason of those that the storage did not give."""
+    meter = _Meter(len(archive.slides), len(archive.slides) - len(found.left), progress)
+    meter.tell()
+    pictured = frozenset(heapq.nsmallest(PICTURES, archive.slides))
+    spill = Spill(out, found.take)
+    names = list(found.left)
+    unreachable: dict[str, str] = {}
+    for _ in range(_ROUNDS):
+        unreachable = {}
+        meter.unreachable = 0
+        for first in range(0, len(names), WAVE):
+            wave = {name: archive.location(name) for name in names[first : first + WAVE]}
+            for row in _decided(wave, pictured, cache_bytes):
+                if row.pop("unreachable"):
+                    unreachable[row["slide_id"]] = row["reason"]
+                    meter.unreachable += 1
+                else:
+                    row |= {"fingerprint": found.fingerprint(row["slide_id"]), "version": EXAMINATION_VERSION}
+                    spill.add(row)
+                    meter.refused += row["reason"] is not None
+                    meter.accepted += row["reason"] is None
+                meter.tell()
+        names = list(unreachable)
+        if not names:
+            break
+    spill.flush()
+    found.pending += spill.keys
+    return unreachable
 
-    def tell() -> None:
-        new = len(found.records) - len(reused)
-        elapsed_s = time.monotonic() - start_s
-        rate = (new + len(found.reasons)) / elapsed_s if elapsed_s else 0.0
-        if progress is not None:
-            progress(IndexProgress(len(locations), new, len(found.reasons), len(reused), rate))
 
-    tell()
-    for first in range(0, len(pending), WAVE):
-        wave = {name: locations[name] for name in pending[first : first + WAVE]}
-        for row in _outcomes(wave, cache_bytes):
-            name, reason = row["slide_id"], row.pop("reason")
-            del wave[name]
-            if reason is None:
-                found.records.append(record_from_row(row))
-            else:
-                found.reasons[name] = reason
-            tell()
-        for name in wave:
-            found.reasons[name] = _CRASHED
-            tell()
-    return found
+def _decided(wave: Mapping[str, SlideLocation], pictured: frozenset[str], cache_bytes: int) -> Iterator[dict[str, Any]]:
+    """A row of `_OUTCOME_SCHEMA` for every slide of a wave; a slide that kills its reader process is refused."""
+    left = dict(wave)
+    for row in _outcomes(wave, pictured, cache_bytes):
+        del left[row["slide_id"]]
+        yield row
+    for name in left:
+        yield _refused(name, _CRASHED)
 
 
-def _outcomes(wave: Mapping[str, SlideLocation], cache_bytes: int) -> Iterator[dict[str, Any]]:
+def _outcomes(
+    wave: Mapping[str, SlideLocation], pictured: frozenset[str], cache_bytes: int
+) -> Iterator[dict[str, Any]]:
     """Rows of `_OUTCOME_SCHEMA` as they come; none for a slide that its reader process did not survive."""
     context = ray.data.DataContext.get_current().copy()
     context.max_errored_blocks = -1
@@ -256,7 +207,7 @@ def _outcomes(wave: Mapping[str, SlideLocation], cache_bytes: int) -> Iterator[d
         dataset = ray.data.from_items([{"slide_id": name} for name in wave], override_num_blocks=len(wave))
         outcomes = dataset.map_batches(
             _Examiner,
-            fn_constructor_args=(ray.put(dict(wave)), cache_bytes),
+            fn_constructor_args=(ray.put(dict(wave)), pictured, cache_bytes),
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=len(wave)),
@@ -272,40 +223,52 @@ def _outcomes(wave: Mapping[str, SlideLocation], cache_bytes: int) -> Iterator[d
 class _Examiner:
     """An actor that turns slide ids into records or reasons."""
 
-    def __init__(self, locations: "ray.ObjectRef[dict[str, SlideLocation]]", cache_bytes: int) -> None:
+    def __init__(
+        self, locations: "ray.ObjectRef[dict[str, SlideLocation]]", pictured: frozenset[str], cache_bytes: int
+    ) -> None:
         self._locations = ray.get(locations)
+        self._pictured = pictured
         self._cache_bytes = cache_bytes
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         names = batch["slide_id"].to_pylist()
-        rows = [outcome(name, self._locations[name], self._cache_bytes) for name in names]
+        rows = [outcome(name, self._locations[name], self._cache_bytes, name in self._pictured) for name in names]
         return pa.Table.from_pylist(rows, schema=_OUTCOME_SCHEMA)
 
 
-def outcome(name: str, location: SlideLocation, cache_bytes: int) -> dict[str, Any]:
-    """The record of a slide as a row, or its id and the reason why there is none; never raises."""
+def outcome(name: str, location: SlideLocation, cache_bytes: int, picture: bool = False) -> dict[str, Any]:
+    """The record of a slide as a row, or its id and the reason why there is none; never raises.
+
+    A fault of the storage says nothing of the slide: the row is then marked `unreachable`.
+    """
     try:
-        return record_to_row(_examine(name, location, cache_bytes)) | {"reason": None}
+        return record_to_row(_examine(name, location, cache_bytes, picture)) | {"reason": None, "unreachable": False}
+    except StorageError as error:
+        return _refused(name, _without_names(str(error), location)) | {"unreachable": True}
     except HistoscaleError as error:
-        reason = _without_names(str(error), location)
+        return _refused(name, _without_names(str(error), location))
     # Whatever a reader raises on a broken file is the slide's fault, never the indexing's, and its text may
     # hold a name, so only its type goes on.
     except Exception as error:  # noqa: BLE001
-        reason = f"reading it failed with {type(error).__name__}"
-    return {"slide_id": name, "reason": reason}
+        return _refused(name, f"reading it failed with {type(error).__name__}")
 
 
-def _examine(name: str, location: SlideLocation, cache_bytes: int) -> SlideRecord:
+def _refused(name: str, reason: str) -> dict[str, Any]:
+    return {"slide_id": name, "reason": reason, "unreachable": False}
+
+
+def _examine(name: str, location: SlideLocation, cache_bytes: int, picture: bool) -> SlideRecord:
     if any(not _is_utf8(info.key) for info in location.objects):
         raise SlideError("its name is not UTF-8", remedy="rename the file or its folder")
-    store = open_store(location.root_uri, private=True)
-    # A cache for one slide: no slide is read twice, and Ray ends its actors without a chance to clean up.
-    with (
-        contextlib.closing(ObjectCache(_CACHE_FOLDER, cache_bytes)) as cache,
-        cache.lease(store, location.objects, name) as folder,
-    ):
-        files = [folder / local_name(number, info.key) for number, info in enumerate(location.objects)]
-        return examine(name, files, mpp=location.mpp_override)
+    tables = TableCache(_TABLES_BYTES)
+    with open_located(location, _ranges(location.root_uri), tables, _CACHE_FOLDER, cache_bytes) as opened:
+        size_bytes = sum(info.size_bytes for info in location.objects)
+        return examine(name, opened.slide, size_bytes=size_bytes, layout=opened.layout, picture=picture)
+
+
+@lru_cache(maxsize=4)
+def _ranges(root_uri: str) -> RangeReader:
+    return open_ranges(root_uri)
 
 
 def _is_utf8(key: str) -> bool:
@@ -320,12 +283,17 @@ def _without_names(text: str, location: SlideLocation) -> str:
     return text.replace(location.root_uri, "SLIDES").removesuffix(".")
 
 
-def _nothing_accepted(refusals: Sequence[Refusal]) -> SlideIndexError:
-    look = f"protected/{REFUSED} of the index has the slides by name"
-    reasons = Counter(refusal.reason for refusal in refusals)
+def _nothing_accepted(refusals: Sequence[Refusal], unreachable: Sequence[Refusal]) -> SlideIndexError:
+    look = f"{PROTECTED}/{REFUSED} of the index has the slides by name"
+    reasons = Counter(refusal.reason for refusal in [*refusals, *unreachable])
     if set(reasons) == {NO_TISSUE}:
         return SlideIndexError(
             "no tissue anywhere", value=f"{len(refusals)} slides", expected="tissue in one of them", remedy=look
         )
     counts = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    if unreachable:
+        return SlideIndexError(
+            f"no slide is accepted, and {len(unreachable)} could not be read: {counts}",
+            remedy="see to the storage and run the same command again",
+        )
     return SlideIndexError(f"all {len(refusals)} slides are refused: {counts}", remedy=look)

@@ -1,41 +1,45 @@
-"""One slide to one record of the index: open it, verify it, find its tissue. Knows neither Ray nor storage."""
+"""One open slide to one record of the index: verify it, find its tissue. Knows neither Ray nor storage."""
 
-from collections.abc import Sequence
-from pathlib import Path
+import io
 
-import pydicom
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from histoscale.errors import SlideError
-from histoscale.slides.locate import DICOM_SUFFIX
-from histoscale.slides.openslide_reader import open_slide
+from histoscale.slides.likeness import look
 from histoscale.slides.records import SlideRecord
+from histoscale.slides.slide import Slide
 from histoscale.slides.tissue import MASK_UM_PER_PX, tissue_mask
 
+EXAMINATION_VERSION = 1
+"""Higher whenever this library takes slides that it refused before: refused slides are then tried again."""
+
 NO_TISSUE = "no tissue found"
+_PICTURE_PX = 192
+_PICTURE_QUALITY = 80
 
 
-def examine(slide_id: str, files: Sequence[Path], *, mpp: float | None = None) -> SlideRecord:
-    """Examine a slide that lies on a local disk.
+def examine(slide_id: str, slide: Slide, *, size_bytes: int, layout: bytes = b"", picture: bool = False) -> SlideRecord:
+    """Examine an open slide: a few tiles of each level, and a thumbnail from the coarsest level that is fine enough.
 
     Args:
         slide_id: What the record calls it.
-        files: Its files; the first opens it.
-        mpp: Microns per level-0 px where the sidecar gives them.
+        slide: The slide.
+        size_bytes: Bytes of its objects.
+        layout: Where its tiles lie.
+        picture: Whether the record gets a small picture of it.
 
     Raises:
         SlideError: The slide cannot be used; the reason holds no name of a file.
+        StorageError: Its bytes cannot be read.
     """
-    if files[0].suffix.lower() == DICOM_SUFFIX:
-        _check_one_series(files)
-    slide = open_slide(files[0], mpp=mpp)
-    try:
-        slide.verify()
-        mask = tissue_mask(slide.thumbnail(MASK_UM_PER_PX), MASK_UM_PER_PX)
-        info = slide.info
-    finally:
-        slide.close()
+    slide.verify()
+    thumbnail = slide.thumbnail(MASK_UM_PER_PX)
+    mask = tissue_mask(thumbnail, MASK_UM_PER_PX)
     if not mask.any():
         raise SlideError(NO_TISSUE)
+    info = slide.info
     return SlideRecord(
         slide_id=slide_id,
         vendor=info.vendor,
@@ -43,25 +47,20 @@ def examine(slide_id: str, files: Sequence[Path], *, mpp: float | None = None) -
         height_px0=info.height_px0,
         mpp=info.mpp,
         mpp_origin=info.mpp_origin,
-        size_bytes=sum(file.stat().st_size for file in files),
+        size_bytes=size_bytes,
         level_downsamples=info.level_downsamples,
         mask=mask,
         mask_px0=MASK_UM_PER_PX / info.mpp,
+        mpp_conflict=info.mpp_conflict,
+        layout=layout,
+        look=look(thumbnail),
+        picture=_picture(thumbnail) if picture else None,
     )
 
 
-def _check_one_series(files: Sequence[Path]) -> None:
-    series = set()
-    for file in files:
-        try:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
-            series.add(str(header.SeriesInstanceUID))
-        except (pydicom.errors.InvalidDicomError, AttributeError, OSError, ValueError):
-            # The cause names the file, so it goes no further.
-            raise SlideError("a file of its DICOM folder is not DICOM or names no series") from None
-    if len(series) > 1:
-        raise SlideError(
-            f"its DICOM folder holds {len(series)} series",
-            expected="one series per folder",
-            remedy="put each series into a folder of its own",
-        )
+def _picture(thumbnail: NDArray[np.uint8]) -> bytes:
+    image = Image.fromarray(thumbnail)
+    image.thumbnail((_PICTURE_PX, _PICTURE_PX))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=_PICTURE_QUALITY)
+    return data.getvalue()

@@ -1,4 +1,4 @@
-"""Slide ids: keyed, so that nobody without the index's key can tell whether a record number is in it."""
+"""Ids of slides and patients: keyed, so that nobody without the key can tell whether a record number is in an index."""
 
 import hashlib
 import hmac
@@ -16,6 +16,16 @@ KEY_OBJECT = "id_key"
 def slide_id(key: bytes, path: str) -> str:
     """Id of the slide at `path` relative to its root: first 32 hex digits of HMAC-SHA256 under `key`."""
     return hmac.new(key, path.encode(errors="surrogateescape"), hashlib.sha256).hexdigest()[:32]
+
+
+def patient_id(key: bytes, patient: str) -> str:
+    """Id of a patient under `key`, 32 hex digits; no slide of this key has the same."""
+    return hmac.new(key, b"patient\0" + patient.encode(errors="surrogateescape"), hashlib.sha256).hexdigest()[:32]
+
+
+def fingerprint(key: bytes, facts: str) -> bytes:
+    """16 bytes that change with `facts`; as an id, they tell nothing of them to whom has not the key."""
+    return hmac.new(key, b"fingerprint\0" + facts.encode(errors="surrogateescape"), hashlib.sha256).digest()[:16]
 
 
 def index_key(protected: Store) -> bytes:

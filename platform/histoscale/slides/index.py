@@ -1,27 +1,18 @@
-"""The slide index on disk: written by `build`, read by everything after it.
-
-index.json                     format, version, snapshot id, counts; written last, so it is the commit
-slides.parquet                 one row per slide: geometry, optics, tissue mask
-refusals.parquet               slide id and reason of every slide that is not taken
-protected/locations.parquet    slide id -> root URI, object keys, ETags: the only map to names
-protected/refused.csv          slide id, URI, reason
-protected/id_key               the key of the slide ids
-"""
+"""The slide index as a whole, for archives that fit into memory; `catalogue` is the way to millions of slides."""
 
 import csv
-import hashlib
 import io
-import json
-from collections import Counter
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from histoscale.errors import SlideIndexError
+from histoscale.slides.commit import About, RecordsHash, commit
+from histoscale.slides.external_sort import SlideSorter
 from histoscale.slides.records import (
+    EXAMINED_SCHEMA,
     LOCATIONS_SCHEMA,
     REFUSALS_SCHEMA,
     SLIDES_SCHEMA,
@@ -30,11 +21,21 @@ from histoscale.slides.records import (
     SlideLocation,
     SlideRecord,
     location_from_row,
-    location_to_row,
     record_from_row,
     record_to_row,
 )
-from histoscale.storage import Store, join, open_store
+from histoscale.slides.snapshot import (
+    LOCATIONS,
+    PROTECTED,
+    REFUSALS,
+    REFUSED,
+    SLIDES,
+    Snapshot,
+    protected,
+    read_snapshot,
+)
+from histoscale.slides.tables import read_rows, torn
+from histoscale.storage import Store
 
 __all__ = [
     "Refusal",
@@ -51,16 +52,6 @@ __all__ = [
     "write_refused",
 ]
 
-FORMAT = "histoscale-index"
-VERSION = 1
-HEADER = "index.json"
-SLIDES = "slides.parquet"
-REFUSALS = "refusals.parquet"
-PROTECTED = "protected"
-LOCATIONS = "locations.parquet"
-REFUSED = "refused.csv"
-_SNAPSHOT = b"snapshot_id"
-
 
 @dataclass(frozen=True)
 class RefusedSlide:
@@ -70,38 +61,72 @@ class RefusedSlide:
     uri: str = field(repr=False)
 
 
-def protected(store: Store) -> Store:
-    """The part of an index that names slides; in a folder, only its owner can read it."""
-    return open_store(join(store.uri, PROTECTED), private=True)
-
-
-def make_index(records: Iterable[SlideRecord], refusals: Iterable[Refusal]) -> SlideIndex:
-    """An index in its canonical order, with its snapshot id."""
+def make_index(
+    records: Iterable[SlideRecord], refusals: Iterable[Refusal], columns: tuple[str, ...] = ()
+) -> SlideIndex:
+    """An index in its canonical order, with its snapshot id; `columns` names the strata that the records have."""
     ordered = tuple(sorted(records, key=lambda record: record.slide_id))
     refused = tuple(sorted(refusals, key=lambda refusal: refusal.slide_id))
-    return SlideIndex(_snapshot_id(ordered), ordered, refused)
+    content = RecordsHash(columns)
+    for record in ordered:
+        content.add(record_to_row(record))
+    return SlideIndex(content.snapshot_id, ordered, refused, columns)
 
 
-def write_index(store: Store, index: SlideIndex, locations: Mapping[str, SlideLocation]) -> None:
-    """Write an index and the protected map of its records; committed by the last object written."""
-    location_rows = [location_to_row(record.slide_id, locations[record.slide_id]) for record in index.records]
-    refusal_rows = [{"slide_id": refusal.slide_id, "reason": refusal.reason} for refusal in index.refusals]
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "snapshot_id": index.snapshot_id,
-        "slides": len(index.records),
-        "refused": len(index.refusals),
-    }
-    slide_rows = [record_to_row(record) for record in index.records]
-    protected(store).put(LOCATIONS, _parquet(location_rows, LOCATIONS_SCHEMA, index.snapshot_id))
-    store.put(SLIDES, _parquet(slide_rows, SLIDES_SCHEMA, index.snapshot_id))
-    store.put(REFUSALS, _parquet(refusal_rows, REFUSALS_SCHEMA, index.snapshot_id))
-    store.put(HEADER, json.dumps(header, indent=2).encode())
+def write_index(store: Store, index: SlideIndex, locations: Mapping[str, SlideLocation]) -> Snapshot:
+    """Write an index and the protected map of its records as a snapshot, and make it the current one."""
+    by_id = {record.slide_id: record for record in index.records}
+    about = About(
+        index.columns,
+        location=lambda name: locations[name],
+        strata=lambda name: by_id[name].strata,
+        patient=lambda name: by_id[name].patient,
+    )
+    rows = [record_to_row(record) for record in index.records]
+    refused = [{"slide_id": refusal.slide_id, "reason": refusal.reason} for refusal in index.refusals]
+    with tempfile.TemporaryDirectory(prefix="histoscale-sort-") as folder:
+        sorter = SlideSorter(Path(folder), len(rows))
+        for batch in pa.Table.from_pylist(rows, schema=EXAMINED_SCHEMA).to_batches():
+            sorter.add(batch)
+        return commit(store, sorter, refused, about)
+
+
+def read_index(store: Store, snapshot_id: str | None = None) -> SlideIndex:
+    """All slides of a snapshot, by default of the current one.
+
+    Raises:
+        SlideIndexError: No index, no such snapshot, or one whose parts are damaged.
+    """
+    snapshot = read_snapshot(store, snapshot_id)
+    refused = [row for part in snapshot.parts(REFUSALS) for row in read_rows(store, part, REFUSALS_SCHEMA)]
+    try:
+        records = [
+            record_from_row(row) for part in snapshot.parts(SLIDES) for row in read_rows(store, part, SLIDES_SCHEMA)
+        ]
+    except ValueError:
+        raise torn("a mask cannot be unpacked") from None
+    if (len(records), len(refused)) != (snapshot.slides, snapshot.refused):
+        raise torn("there are more or fewer slides than its snapshot says")
+    refusals = tuple(Refusal(row["slide_id"], row["reason"]) for row in refused)
+    return SlideIndex(snapshot.snapshot_id, tuple(records), refusals, snapshot.columns)
+
+
+def read_locations(store: Store, snapshot_id: str | None = None) -> dict[str, SlideLocation]:
+    """The protected map of a snapshot, by default of the current one: slide id -> where its objects lie.
+
+    Raises:
+        SlideIndexError: As `read_index`.
+    """
+    snapshot = read_snapshot(store, snapshot_id)
+    names = protected(store)
+    rows = [row for part in snapshot.parts(LOCATIONS) for row in read_rows(names, part, LOCATIONS_SCHEMA)]
+    if len(rows) != snapshot.slides:
+        raise torn("there are more or fewer locations than its snapshot has slides")
+    return {row["slide_id"]: location_from_row(row) for row in rows}
 
 
 def write_refused(store: Store, refused: Sequence[RefusedSlide]) -> None:
-    """Write the protected list of refused slides, for the person who has to look at them."""
+    """Write the protected list of slides that were not taken, for the person who has to look at them."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["slide_id", "uri", "reason"])
@@ -110,111 +135,19 @@ def write_refused(store: Store, refused: Sequence[RefusedSlide]) -> None:
     protected(store).put(REFUSED, text.getvalue().encode(errors="backslashreplace"))
 
 
-def read_index(store: Store) -> SlideIndex:
-    """The committed index in `store`.
-
-    Raises:
-        SlideIndexError: No index, one of another version, or one whose parts do not belong together.
-    """
-    snapshot_id = str(_header(store).get("snapshot_id"))
-    refusals = [Refusal(**row) for row in _rows(store, REFUSALS, REFUSALS_SCHEMA, snapshot_id)]
-    records = [record_from_row(row) for row in _rows(store, SLIDES, SLIDES_SCHEMA, snapshot_id)]
-    return SlideIndex(snapshot_id, tuple(records), tuple(refusals))
-
-
-def read_locations(store: Store) -> dict[str, SlideLocation]:
-    """The protected map of the committed index: slide id -> where its objects lie.
-
-    Raises:
-        SlideIndexError: As `read_index`.
-    """
-    rows = _rows(protected(store), LOCATIONS, LOCATIONS_SCHEMA, str(_header(store).get("snapshot_id")))
-    return {row["slide_id"]: location_from_row(row) for row in rows}
-
-
-def describe(index: SlideIndex) -> list[str]:
-    """What is in an index, as lines for a person to read: counts, reasons, tissue, scales; no names."""
-    lines = [f"accepted: {len(index.records)} slides, {sum(r.tissue_mm2 for r in index.records):.1f} mm2 of tissue"]
-    scales = Counter(f"{record.mpp:.2f}" for record in index.records)
-    lines.append(
-        "um/px: "
-        + ", ".join(f"{mpp} x {count}" for mpp, count in sorted(scales.items(), key=lambda item: float(item[0])))
-    )
-    if index.refusals:
-        lines.append(f"refused: {len(index.refusals)} slides, by name in {PROTECTED}/{REFUSED} of the index")
-        reasons = Counter(refusal.reason for refusal in index.refusals)
-        lines += [f"  {count} x {reason}" for reason, count in reasons.most_common()]
-    return [*lines, f"snapshot: {index.snapshot_id}"]
-
-
-def _snapshot_id(records: Sequence[SlideRecord]) -> str:
-    content = hashlib.sha256(f"{FORMAT} {VERSION}".encode())
-    for record in records:
-        row = record_to_row(record)
-        row["mask"] = hashlib.sha256(row["mask"]).hexdigest()
-        content.update(json.dumps(row, sort_keys=True).encode())
-    return content.hexdigest()[:16]
-
-
-def _parquet(rows: list[dict[str, Any]], schema: pa.Schema, snapshot_id: str) -> bytes:
-    sink = io.BytesIO()
-    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({_SNAPSHOT: snapshot_id}))
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
-
-
-def _rows(store: Store, key: str, schema: pa.Schema, snapshot_id: str) -> list[dict[str, Any]]:
-    if not store.exists(key):
-        raise _torn(f"the index has no {key}")
-    try:
-        table = pq.read_table(io.BytesIO(store.get(key)))
-    except (pa.ArrowException, OSError):
-        raise _torn(f"{key} of the index is not Parquet") from None
-    if table.schema.names != schema.names:
-        raise _torn(f"{key} of the index has other columns than version {VERSION}")
-    if (table.schema.metadata or {}).get(_SNAPSHOT) != str(snapshot_id).encode():
-        raise _torn(f"{key} of the index is not of the snapshot in {HEADER}")
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
-
-
-def is_ours(key: str) -> bool:
-    """Whether an index has an object of this key."""
-    return key in (HEADER, SLIDES, REFUSALS) or key.startswith(f"{PROTECTED}/")
-
-
-def has_our_header(store: Store) -> bool:
-    """Whether what stands in the header's place is one, be it of another version."""
-    try:
-        header = json.loads(store.get(HEADER))
-    except ValueError:
-        return True  # torn by a crash
-    return isinstance(header, dict) and header.get("format") == FORMAT
-
-
-def _header(store: Store) -> dict[str, Any]:
-    again = "run jobs/index.py again with this place as --out"
-    if not store.exists(HEADER):
-        raise SlideIndexError(
-            f"no slide index: {HEADER} is missing",
-            value=store.uri,
-            expected="the --out of a finished jobs/index.py",
-            remedy=again,
-        )
-    try:
-        header = json.loads(store.get(HEADER))
-    except ValueError:
-        raise _torn(f"{HEADER} is not JSON") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise _torn(f"{HEADER} is not that of a slide index")
-    if header.get("version") != VERSION:
-        raise SlideIndexError(
-            "slide index of another version", value=header.get("version"), expected=str(VERSION), remedy=again
-        )
-    return header
-
-
-def _torn(what: str) -> SlideIndexError:
-    return SlideIndexError(
-        what, expected="what jobs/index.py wrote", remedy="run jobs/index.py again with this place as --out"
-    )
+def describe(snapshot: Snapshot) -> list[str]:
+    """What is in a snapshot, as lines for a person to read: counts, reasons, tissue, scales; no names."""
+    lines = [f"accepted: {snapshot.slides} slides, {snapshot.tissue_mm2:.1f} mm2 of tissue"]
+    lines.append("um/px: " + ", ".join(f"{mpp} x {count}" for mpp, count in snapshot.scales.items()))
+    if snapshot.conflicts:
+        lines.append(f"um/px in doubt: {snapshot.conflicts} slides, of which two origins give different scales")
+    if snapshot.duplicates:
+        lines.append(f"duplicates: {snapshot.duplicates} slides are probably copies or rescans of others; all are kept")
+    for name, values in zip(snapshot.columns, snapshot.values, strict=True):
+        lines.append(f"{name}: {len(values)} values")
+    if snapshot.refused:
+        lines.append(f"refused: {snapshot.refused} slides, by name in {PROTECTED}/{REFUSED} of the index")
+        lines += [f"  {count} x {reason}" for reason, count in snapshot.reasons.items()]
+    if snapshot.unreachable:
+        lines.append(f"unreachable: {snapshot.unreachable} slides; the same command again tries them")
+    return [*lines, f"snapshot: {snapshot.snapshot_id}"]
