@@ -173,6 +173,7 @@ def test_levels_that_grow_are_left_to_openslide(tmp_path: Path) -> None:
         (322, 4, 1, 0),
         (256, 2, 1, 5),
         (256, 4, 0, 5),
+        (256, 4, 3, 8),
         (258, 3, 200, 8),
         (258, 5, 3, 8),
         (324, 4, 3, 8),

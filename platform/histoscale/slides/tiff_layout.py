@@ -102,11 +102,11 @@ class _Tiff:
         return found
 
     def number(self, fields: _Fields, tag: int, default: int | None = None) -> int:
-        """The first whole number of a field."""
+        """The value of a field of one whole number."""
         field = fields.get(tag)
         if field is None and default is not None:
             return default
-        if field is None or field.count < 1 or field.kind not in _WHOLE:
+        if field is None or field.count != 1 or field.kind not in _WHOLE:
             raise damaged_tiff(f"no whole number in tag {tag}")
         code = _WHOLE[field.kind]
         return self._unpack(code, self.header.read(field.position, struct.calcsize(code)))
@@ -124,9 +124,9 @@ class _Tiff:
     def fraction(self, fields: _Fields, tag: int) -> float | None:
         """The value of a field of one positive fraction; None where there is none."""
         field = fields.get(tag)
-        if field is None or field.count < 1 or field.kind not in (5, 11, 12):
+        if field is None or field.count != 1 or field.kind not in (5, 11, 12):
             return None
-        data = self.header.read(field.position, field.size_bytes // field.count)
+        data = self.header.read(field.position, field.size_bytes)
         if field.kind == 5:
             over, under = struct.unpack(self._order + "II", data)
             value = over / under if under else 0.0
