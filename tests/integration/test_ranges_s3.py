@@ -144,6 +144,14 @@ def test_a_range_past_the_end_is_a_fault_of_the_content(root: str, start: int) -
     assert reader.stats.retries == 0
 
 
+def test_the_first_error_ends_the_other_reads_of_its_batch(root: str) -> None:
+    reader = open_ranges(root, in_flight=1)
+    with pytest.raises(ObjectChanged):
+        reader.fetch([RangeRequest("S24.svs", 0, 5, "another"), *some_ranges(50)])
+    assert read_five(reader) == [DATA[:5]]
+    assert reader.stats.requests <= 3  # the one that failed, one that had begun, and the last
+
+
 def test_with_a_third_of_the_answers_wrong_every_byte_is_right(
     s3_env: Any, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
