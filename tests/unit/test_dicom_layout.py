@@ -294,8 +294,25 @@ def test_frames_without_header_are_refused(dataset: Dataset) -> None:
         slide.read(0.0, 0.0, 100, slide.info.mpp)
 
 
+def test_elements_that_are_needed_must_be_there(dataset: Dataset) -> None:
+    del dataset.BitsStored
+    with pytest.raises(SlideError, match="no whole number in element 00280101"):
+        opened(saved(dataset))
+
+
+def test_objects_that_end_within_a_frame_are_refused(dataset: Dataset) -> None:
+    without_table(dataset)
+    with pytest.raises(SlideError, match="a frame that is no item of the object"):
+        opened(saved(dataset)[:-1000])
+
+
+@pytest.mark.parametrize("change", [lambda _: None, undefined_groups])
 @pytest.mark.parametrize("spacing", [None, ["0.0005"], ["0.0005", "0.0007"]])
-def test_scales_that_cannot_be_told_are_refused(dataset: Dataset, spacing: list[str] | None) -> None:
+def test_scales_that_cannot_be_told_are_refused(
+    dataset: Dataset, spacing: list[str] | None, change: Callable[[Dataset], None]
+) -> None:
+    change(dataset)
+    dataset.SharedFunctionalGroupsSequence[0].FrameType = "VOLUME"
     measures = dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
     if spacing is None:
         del measures.PixelSpacing

@@ -287,6 +287,23 @@ def test_both_readers_find_the_same_scale(
     assert (found[0].mpp_origin, found[0].vendor) == (expected.mpp_origin, expected.vendor)
 
 
+@pytest.mark.parametrize(("kind", "value"), [(11, 20_000.0), (5, 0.0)])
+def test_resolutions_of_other_forms_are_read(tmp_path: Path, kind: int, value: float) -> None:
+    data = write(tmp_path / "a.tif")
+    (word,) = struct.unpack("<I", struct.pack("<f", value)) if kind == 11 else (len(data),)
+    for tag in (282, 283):
+        data = with_entry(data, tag, kind, 1, word)
+    data += bytes(8)  # a fraction of zero over zero
+    (tmp_path / "b.tif").write_bytes(data)
+    if kind == 5:
+        with pytest.raises(SlideError, match="no microns"):
+            parsed(data)
+        return
+    found = parsed(data)
+    assert found is not None
+    assert found[0] == open_slide(tmp_path / "b.tif").info
+
+
 @pytest.mark.parametrize(
     ("vendor_mpp", "tiff_mpp", "override", "conflict"),
     [

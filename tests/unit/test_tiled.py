@@ -2,6 +2,7 @@
 
 import struct
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -18,7 +19,7 @@ from histoscale.errors import SlideError, StorageError
 from histoscale.slides import resample, tile_fetch
 from histoscale.slides.layout import SlideLayout
 from histoscale.slides.openslide_reader import open_slide
-from histoscale.slides.table_cache import PAGE_BYTES, TableCache
+from histoscale.slides.table_cache import PAGE_BYTES, TableCache, page_requests
 from histoscale.slides.tiled import Region, TiledSlide, open_tiled
 from histoscale.storage import ObjectInfo, open_store
 from histoscale.storage.ranges import ObjectChanged, RangeRequest, RangeStats, open_ranges
@@ -385,6 +386,7 @@ def test_missing_tiles_of_plain_tiff_are_white(tmp_path: Path) -> None:
     assert (px[128:256, 160:320] == 255).all()
     px[128:256, 160:320] = 90
     assert (px == 90).all()
+    opened(patched(path, 325, 0, 0)).verify()
 
 
 def test_aperio_slides_with_missing_tiles_are_left_to_openslide(pyramid: Path) -> None:
@@ -502,6 +504,37 @@ def test_table_pages_are_shared_and_the_least_used_go_first() -> None:
     cache.get(one, 0)
     cache.put(one, 1, b"third")
     assert (cache.get(one, 0), cache.get(other, 0), cache.get(one, 1)) == (b"first", None, b"third")
+
+
+def test_neighbouring_pages_come_in_one_request() -> None:
+    objects = [ObjectInfo("a", 10 * PAGE_BYTES - 5, "1"), ObjectInfo("b", 10**6, "2")]
+    wanted = page_requests(objects, [(0, 9), (0, 8), (0, 2), (1, 3)])
+    spans = [(r.key, r.start, r.length, r.etag) for r, _ in wanted]
+    assert spans == [
+        ("a", 2 * PAGE_BYTES, PAGE_BYTES, "1"),
+        ("a", 8 * PAGE_BYTES, 2 * PAGE_BYTES - 5, "1"),
+        ("b", 3 * PAGE_BYTES, PAGE_BYTES, "2"),
+    ]
+    assert [pages for _, pages in wanted] == [[(0, 2)], [(0, 8), (0, 9)], [(1, 3)]]
+
+
+def test_levels_may_have_tiles_of_different_sizes(tmp_path: Path, tissue: Pixels) -> None:
+    path = tmp_path / "a.svs"
+    with tifffile.TiffWriter(path) as tiff:
+        for factor, tile in ((1, (128, 128)), (4, (64, 96))):
+            image = np.asarray(Image.fromarray(tissue).reduce(factor)) if factor > 1 else tissue
+            description = "Aperio x|MPP = 0.25"
+            tiff.write(image, tile=tile, photometric="rgb", compression="zlib", metadata=None, description=description)
+    regions = [Region(400.0, 800.0, 200, mpp) for mpp in (0.5, 0.25, 1.0, 2.0)]
+    oracle = open_slide(path)
+    for region, px in zip(regions, open_path(path).begin(regions).result(), strict=True):
+        assert np.array_equal(px, oracle.read(region.x_px0, region.y_px0, region.side_px, region.mpp))
+
+
+def test_layouts_whose_lengths_lie_are_refused() -> None:
+    for body in (struct.pack("<BHHI", 0, 1, 1, 99), struct.pack("<BHHI", 0, 0, 1, 0) + b"more"):
+        with pytest.raises(SlideError, match=r"cut short|too long"):
+            SlideLayout.from_bytes(b"HSL1" + zlib.compress(body))
 
 
 def test_damaged_layouts_are_refused(pyramid: Path) -> None:

@@ -235,8 +235,6 @@ class _Walker:
 
     def _end_of_item(self, position: int, end: int, depth: int) -> int:
         """Where an item of undefined length has ended."""
-        if depth >= _MAX_DEPTH:
-            raise _NotInPlaceError
         while True:
             element = self._element(position, end)
             if element.tag == _END_OF_ITEM:
