@@ -15,7 +15,6 @@ from PIL import Image
 
 from histoscale.errors import SlideError
 from histoscale.slides.resample import Window, region_windows, resample, thumbnail_windows
-from histoscale.slides.scale import PLAUSIBLE_MPP as PLAUSIBLE_MPP
 from histoscale.slides.scale import Scale, level_downsample, resolve_scale
 from histoscale.slides.slide import Slide, SlideInfo
 
