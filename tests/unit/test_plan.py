@@ -18,6 +18,7 @@ from histoscale.sampling import plan as plan_module
 from histoscale.sampling.mixture import Mixture
 from histoscale.sampling.places import find_places
 from histoscale.sampling.plan import MAX_ATTEMPTS, ChapterPlan, Plan
+from histoscale.sampling.replicas import replicas_of
 from histoscale.sampling.shares import whole_slots
 from histoscale.sampling.spec import PlanSpec
 from histoscale.sampling.synthetic import ROW_DTYPE
@@ -283,6 +284,21 @@ def test_chapters_tiles_and_single_steps_agree_from_any_step_on(spec: PlanSpec, 
     for first, last in ((0, 0), (3, 5), (7, 7)):
         part = tiles_of(pickle.loads(pickle.dumps(used)), range(first, last + 1))
         assert part == {k: whole[k] for k in range(first * 16, (last + 1) * 16)}
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_any_number_of_workers_computes_the_same_tiles(workers: int) -> None:
+    expected = tiles_of(WORLD.plan(), range(4))
+    found: dict[int, float] = {}
+    for rank in range(workers):
+        plan = WORLD.plan()
+        for replica in replicas_of(rank, workers, SPEC.replicas):
+            if replica is not None:
+                chapter = plan.chapter(replica, 0, 3)
+                ids, x_px0 = chapter.sample_ids.reshape(-1).tolist(), chapter.x_px0.reshape(-1).tolist()
+                assert not set(ids) & set(found)
+                found |= dict(zip(ids, x_px0, strict=True))
+    assert found == {sample_id: tile[2] for sample_id, tile in expected.items()}
 
 
 def test_the_seed_changes_the_plan() -> None:
