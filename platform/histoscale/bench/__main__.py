@@ -9,9 +9,14 @@ from collections.abc import Callable, Iterator
 
 from histoscale.bench.figure import Figure
 from histoscale.bench.overhead import overhead
+from histoscale.bench.plan import plan
 from histoscale.bench.quickstart import quickstart
 
-BENCHMARKS: dict[str, Callable[[], Iterator[Figure]]] = {"overhead": overhead, "quickstart": quickstart}
+BENCHMARKS: dict[str, Callable[[], Iterator[Figure]]] = {
+    "overhead": overhead,
+    "plan": plan,
+    "quickstart": quickstart,
+}
 
 
 def main() -> None:
