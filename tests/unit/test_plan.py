@@ -222,8 +222,8 @@ class Sequential:
             wanted += [((r + phase) / count, codes, entry) for r in range(count)]
         return [entry for _, _, entry in sorted(wanted, key=lambda slot: slot[:2])]
 
-    def place(self, q: int, row: int, earlier: int, turn: int) -> tuple[int, int, int, NDArray[np.int32]]:
-        """(epoch, column, row of the grid) of a tile, by writing the whole epoch down."""
+    def place(self, q: int, row: int, earlier: int, turn: int) -> tuple[int, int, int]:
+        """(epoch, x, y of the square) of a tile, by writing the whole epoch down."""
         spec, slide = self.spec, self.world.rows[row]
         side_px0 = spec.region_px * spec.magnifications[q].coarsest_mpp / slide["mpp"]
         size_px0 = int(slide["width_px0"]), int(slide["height_px0"])
@@ -239,7 +239,7 @@ class Sequential:
         grid = found.squares
         row_in_grid, column = divmod(sequence[index], grid.columns)
         x_px0 = grid.left_px0 + column * grid.pitch_px0
-        return epoch, x_px0, grid.top_px0 + row_in_grid * grid.pitch_px0, found.cells
+        return epoch, x_px0, grid.top_px0 + row_in_grid * grid.pitch_px0
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -256,7 +256,7 @@ def test_the_plan_is_the_one_that_counting_from_the_first_visit_gives(spec: Plan
         scale = spec.magnifications[q]
         assert scale.finest_mpp <= mpp <= scale.coarsest_mpp
         turn = sample_id // spec.tiles_per_step % spec.tiles_per_visit
-        epoch, grid_x, grid_y, _ = oracle.place(q, row, earlier, turn)
+        epoch, grid_x, grid_y = oracle.place(q, row, earlier, turn)
         side_px0 = spec.region_px * mpp / WORLD.rows["mpp"][row]
         inset = np.floor((spec.region_px * scale.coarsest_mpp / WORLD.rows["mpp"][row] - side_px0) / 2)
         if epoch == 0:
@@ -359,7 +359,7 @@ def test_no_place_comes_again_before_its_slide_is_used_up(turns: int) -> None:
     assert sum(len(places) > len(free[name]) for name, places in drawn.items()) >= 2
 
 
-def test_no_two_tiles_of_a_run_are_equal_even_past_the_first_epoch() -> None:
+def test_past_the_first_epoch_tiles_hardly_ever_coincide() -> None:
     tiles = list(tiles_of(WORLD.plan(), range(100)).values())
     assert len({tile[:4] for tile in tiles}) > 0.999 * len(tiles)
 
@@ -425,7 +425,6 @@ def test_an_excluded_slide_has_its_mask_read_no_more() -> None:
     plan = Plan(SPEC, WORLD.rows, COLUMNS, VALUES, mask_of, {0: 0, 1: 0})
     tiles_of(plan, range(20))
     assert not {0, 1} & set(read)
-    assert len(read) == len(set(read)) + sum(Counter(read)[row] - 1 for row in set(read))
     assert set(read) == {2, 3, 4, 5, 6}
 
 
