@@ -3,11 +3,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -251,6 +253,79 @@ def test_a_slide_that_kills_its_reader_is_refused_and_the_others_are_not(
     index = read_index(open_store(tmp_path / "index"))
     assert {record.slide_id for record in index.records} == ids(SVS)
     assert [(refusal.slide_id, refusal.reason) for refusal in index.refusals] == [(deadly, "its reader process died")]
+
+
+def test_what_the_storage_does_not_give_is_tried_again_and_is_no_refusal(
+    cluster: None, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once, never = slide_id(KEY, "once.svs"), slide_id(KEY, "never.svs")
+
+    class Unsteady(build._Examiner):
+        def __call__(self, batch: Any) -> Any:
+            (name,) = batch["slide_id"].to_pylist()
+            mark = tmp_path / name
+            if name == never or (name == once and not mark.exists()):
+                mark.touch()
+                return self.table([build._refused(name, "the server is overloaded") | {"unreachable": True}])
+            return super().__call__(batch)
+
+        @staticmethod
+        def table(rows: list[dict[str, Any]]) -> Any:
+            return pa.Table.from_pylist(rows, schema=build._OUTCOME_SCHEMA)
+
+    for name in ("once.svs", "never.svs", SVS):
+        (tmp_path / "slides").mkdir(exist_ok=True)
+        shutil.copy(shared_data / "slides" / "CMU-1-Small-Region.svs", tmp_path / "slides" / name)
+    steps: list[IndexProgress] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_Examiner", Unsteady)
+        snapshot = build_index(str(tmp_path / "slides"), str(tmp_path / "index"), progress=steps.append)
+    assert (snapshot.slides, snapshot.refused, snapshot.unreachable) == (2, 0, 1)
+    assert (steps[-1].accepted, steps[-1].unreachable, steps[-1].done) == (2, 1, 3)
+    assert "unreachable: the server is overloaded" in (tmp_path / "index" / "protected" / "refused.csv").read_text()
+    again = build_index(str(tmp_path / "slides"), str(tmp_path / "index"), progress=steps.append)
+    assert (again.slides, again.unreachable) == (3, 0)
+    assert (steps[-1].reused, steps[-1].accepted) == (2, 1)
+
+
+KILLED = """
+import sys, time
+from histoscale.slides import build, pending
+
+hanging = sys.argv[3]
+
+class Hanging(build._Examiner):
+    def __call__(self, batch):
+        if batch["slide_id"].to_pylist() == [hanging]:
+            time.sleep(600)
+        return super().__call__(batch)
+
+pending.MAX_AGE_S = 0.0
+build._Examiner = Hanging
+import ray
+ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+build.build_index(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_a_killed_indexing_goes_on_where_it_was(cluster: None, shared_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "slides").mkdir()
+    for name in ("a.svs", "b.svs", "hanging.svs"):
+        shutil.copy(shared_data / "slides" / "CMU-1-Small-Region.svs", tmp_path / "slides" / name)
+    places = [str(tmp_path / "slides"), str(tmp_path / "index")]
+    with subprocess.Popen([sys.executable, "-c", KILLED, *places, slide_id(KEY, "hanging.svs")]) as process:
+        deadline_s = time.monotonic() + 120
+        while not list(tmp_path.glob("index/pending/*.parquet")) and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        process.kill()
+    # A slide that waits for the reader of the one that hangs is not examined yet.
+    examined = len(list(tmp_path.glob("index/pending/*.parquet")))
+    assert 1 <= examined <= 2
+    assert not (tmp_path / "index" / "index.json").exists()
+    steps: list[IndexProgress] = []
+    assert build_index(*places, progress=steps.append).slides == 3
+    assert (steps[0].reused, steps[-1].accepted) == (examined, 3 - examined)
+    assert list(tmp_path.glob("index/pending/*")) == []
 
 
 @pytest.fixture

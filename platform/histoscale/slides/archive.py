@@ -91,7 +91,7 @@ def list_slides(slides_uri: str) -> Source:
         SlideIndexError: There are none.
         StorageError: The place cannot be read.
     """
-    store, only = _root(slides_uri)
+    store, only = slides_root(slides_uri)
     located = locate(store.list())
     if not located.slides:
         raise SlideIndexError(
@@ -158,8 +158,12 @@ def read_csv(uri: str, what: str) -> bytes:
     return store.get(name)
 
 
-def _root(slides_uri: str) -> tuple[Store, str | None]:
-    """The store that slides are listed in, and the path of the only one wanted where the URI names one."""
+def slides_root(slides_uri: str) -> tuple[Store, str | None]:
+    """The store that slides are listed in, and the path of the only one wanted where the URI names one.
+
+    Raises:
+        StorageError: The place cannot be read.
+    """
     root, _, name = slides_uri.rstrip("/").rpartition("/")
     if root and PurePosixPath(name).suffix.lower() in ENTRY_SUFFIXES:
         parent = open_store(root, private=True)

@@ -30,7 +30,7 @@ from histoscale.slides.index import RefusedSlide, write_refused
 from histoscale.slides.opening import open_located
 from histoscale.slides.pending import Spill
 from histoscale.slides.progress import IndexProgress
-from histoscale.slides.records import EXAMINED_SCHEMA, Refusal, SlideLocation, SlideRecord, record_to_row
+from histoscale.slides.records import EXAMINED_SCHEMA, Refusal, SlideLocation, SlideRecord, kind_of, record_to_row
 from histoscale.slides.snapshot import (
     HEADER,
     PROTECTED,
@@ -285,7 +285,7 @@ def _without_names(text: str, location: SlideLocation) -> str:
 
 def _nothing_accepted(refusals: Sequence[Refusal], unreachable: Sequence[Refusal]) -> SlideIndexError:
     look = f"{PROTECTED}/{REFUSED} of the index has the slides by name"
-    reasons = Counter(refusal.reason for refusal in [*refusals, *unreachable])
+    reasons = Counter(kind_of(refusal.reason) for refusal in [*refusals, *unreachable])
     if set(reasons) == {NO_TISSUE}:
         return SlideIndexError(
             "no tissue anywhere", value=f"{len(refusals)} slides", expected="tissue in one of them", remedy=look

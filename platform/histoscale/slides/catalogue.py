@@ -111,18 +111,26 @@ class Catalogue:
         Raises:
             SlideIndexError: The snapshot has no such slide.
         """
-        try:
-            wanted = bytes.fromhex(slide_id)
-        except ValueError:
-            wanted = b""
-        row = bisect.bisect_left(range(len(self.rows)), wanted, key=lambda row: _id_bytes(self.rows, row))
-        if row == len(self.rows) or _id_bytes(self.rows, row) != wanted:
+        row = self._find(slide_id)
+        if row is None:
             raise SlideIndexError(
                 f"slide {slide_id}: not in the index",
                 expected=f"a slide of snapshot {self.snapshot_id}",
                 remedy="resume with the index that the run began with",
             )
         return row
+
+    def has(self, slide_id: str) -> bool:
+        """Whether the snapshot has a slide."""
+        return self._find(slide_id) is not None
+
+    def _find(self, slide_id: str) -> int | None:
+        try:
+            wanted = bytes.fromhex(slide_id)
+        except ValueError:
+            return None
+        row = bisect.bisect_left(range(len(self.rows)), wanted, key=lambda row: _id_bytes(self.rows, row))
+        return row if row < len(self.rows) and _id_bytes(self.rows, row) == wanted else None
 
     def mask(self, row: int) -> NDArray[np.bool_]:
         """Tissue of a slide, bool [mask_rows, mask_columns].

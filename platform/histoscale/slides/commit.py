@@ -33,6 +33,7 @@ from histoscale.slides.records import (
     REFUSALS_SCHEMA,
     SLIDES_SCHEMA,
     SlideLocation,
+    kind_of,
     location_to_row,
     unpack_mask,
 )
@@ -142,7 +143,7 @@ def commit(
             unreachable=unreachable,
             tissue_mm2=round(parts.tissue_mm2, 3),
             scales=dict(sorted(parts.scales.items(), key=lambda item: float(item[0]))),
-            reasons=dict(Counter(str(row["reason"]) for row in refused).most_common()),
+            reasons=dict(Counter(kind_of(row["reason"]) for row in refused).most_common()),
             conflicts=parts.conflicts,
             duplicates=len(codes.twins),
             columns=about.columns,

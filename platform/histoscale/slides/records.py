@@ -5,6 +5,7 @@ part of the index; neither its `repr` nor any other text of this module shows a 
 """
 
 import json
+import re
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +62,7 @@ LOCATIONS_SCHEMA = pa.schema(
         ("mpp_override", pa.float64()),
     ]
 )
+_MET = re.compile(r" ?\(got (?:'[^']*'|\"[^\"]*\"|[^;()]*)(?:\)|(; ))")
 _PACKED = ("fingerprint", "mask", "mask_rows", "mask_columns", "tissue_px", "level_downsamples", "strata")
 
 
@@ -119,6 +121,11 @@ class Refusal:
 
     slide_id: str
     reason: str
+
+
+def kind_of(reason: str) -> str:
+    """A reason without the value that was met, so that the reasons of many slides can be counted."""
+    return _MET.sub(lambda match: " (" if match[1] else "", reason)
 
 
 @dataclass(frozen=True)
