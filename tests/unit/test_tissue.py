@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from histoscale.bench.tissue_derived import INKS as REAL_INKS
+from histoscale.bench.tissue_derived import bubble, defocused, inked, pigmented
+from histoscale.bench.tissue_truth import THUMBNAILS, TISSUE, Box, cut, picture, thumbnail
 from histoscale.errors import SlideError
 from histoscale.slides.tissue import MASK_UM_PER_PX, tissue_mask
 
@@ -60,7 +63,7 @@ def test_tiles_without_tissue_are_rejected(shared_data: Path, name: str, um_per_
         ("tiles/medium-nuclei-score-level0.png", 0.5, 0.98, 1),
         ("tiles/very-low-nuclei-score-level0.png", 0.5, 0.98, 1),
         ("tiles/medium-nuclei-score-level1-2.png", 1, 0.98, 1),
-        ("tiles/medium-nuclei-score-level1.png", 1, 0.6, 0.85),
+        ("tiles/medium-nuclei-score-level1.png", 1, 0.6, 0.98),
         ("tiles/low-nuclei-score-level0.png", 0.5, 0.45, 1),  # fat
         ("tiles/low-nuclei-score-level1.png", 1, 0.85, 1),  # fat
         ("tiles/high-nuclei-score-level2.png", 4, 0.11, 0.18),
@@ -87,37 +90,22 @@ def test_tissue_is_accepted_to_its_share(
     assert low <= mask_of(shared_data, name, um_per_px).mean() <= high
 
 
-@pytest.mark.parametrize(
-    ("name", "um_per_px", "ink", "tissue"),
-    [
-        # Boxes (left, top, right, bottom) as shares of the picture, drawn by hand.
-        ("pil-images-rgb/tcga-green-pen.png", 4, (0.44, 0.05, 0.54, 0.25), (0.65, 0.1, 0.98, 0.9)),
-        ("pil-images-rgb/tcga-green-pen.png", 4, (0.28, 0.7, 0.34, 0.95), (0.02, 0.1, 0.3, 0.35)),
-        ("pil-images-rgb/tcga-red-pen.png", 4, (0.08, 0.35, 0.3, 0.9), (0.6, 0.35, 0.98, 0.9)),
-        ("pil-images-rgb/wsi-blue-pen.png", 60, (0.84, 0.45, 0.97, 0.53), (0.42, 0.3, 0.58, 0.6)),
-        ("pil-images-rgb/diagnostic-slide-thumb-rgb.png", 40, (0.07, 0.75, 0.11, 0.93), (0.26, 0.28, 0.37, 0.4)),
-        ("tiles/high-nuclei-score-red-pen-level1.png", 1, (0.5, 0.25, 0.6, 0.45), (0.02, 0.6, 0.8, 0.98)),
-        ("tiles/medium-nuclei-score-green-pen-level1.png", 1, (0.5, 0.02, 0.98, 0.4), (0.7, 0.8, 0.98, 0.98)),
-    ],
-)
-def test_ink_is_left_out_and_tissue_beside_it_kept(
-    shared_data: Path,
-    name: str,
-    um_per_px: float,
-    ink: tuple[float, float, float, float],
-    tissue: tuple[float, float, float, float],
-) -> None:
-    mask = mask_of(shared_data, name, um_per_px)
-    height, width = mask.shape
+FAINT = {"very-low-nuclei-score-red-pen-level1.png": 0.3, "medium-nuclei-score-level1.png": 0.7}
+"""Pictures with strands so pale that not all of what they span is found, and the share that is."""
 
-    def share(box: tuple[float, float, float, float]) -> float:
-        left, top, right, bottom = box
-        rows = slice(int(top * height), int(bottom * height))
-        return float(mask[rows, int(left * width) : int(right * width)].mean())
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(("name", "um_per_px", "boxes"), THUMBNAILS, ids=[name for name, _, _ in THUMBNAILS])
+def test_boxes_labelled_by_eye(shared_data: Path, name: str, um_per_px: float, boxes: dict[str, list[Box]]) -> None:
+    rgb, scale = thumbnail(shared_data, name, um_per_px)
+    mask = tissue_mask(rgb, scale)
     # Thumbnails coarser than the masks of an index are held to less.
-    assert share(ink) < (0.05 if um_per_px < 10 else 0.1)
-    assert share(tissue) > (0.9 if um_per_px < 10 else 0.7)
+    accepted, refused = (0.9, 0.05) if scale < 10 else (0.8, 0.15)
+    accepted = FAINT.get(Path(name).name, accepted)
+    for category, places in boxes.items():
+        for box in places:
+            share = float(cut(mask, box).mean())
+            assert share > accepted if category in TISSUE else share < refused, (category, box)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -133,6 +121,60 @@ def test_sections_are_found_on_tinted_glass(shared_data: Path) -> None:
         assert low < mask.mean() < high
         height = mask.shape[0]
         assert mask[: height // 4].mean() < 0.01
+
+
+@pytest.fixture(scope="module")
+def slide(shared_data: Path) -> tuple[Pixels, Box, Box]:
+    """A slide at 8 um/px, a box of its tissue and one of its glass."""
+    name, um_per_px, boxes = next(row for row in THUMBNAILS if row[0].startswith("slides/CMU"))
+    return thumbnail(shared_data, name, um_per_px)[0], boxes["H&E"][0], boxes["glass"][0]
+
+
+def changed(rgb: Pixels, box: Box, part: Pixels) -> Pixels:
+    copy = rgb.copy()
+    cut(copy, box)[:] = part
+    return copy
+
+
+@pytest.mark.parametrize("ink", REAL_INKS)
+def test_translucent_ink_is_refused_on_glass_and_denser_ink_on_tissue(slide: tuple[Pixels, Box, Box], ink: str) -> None:
+    rgb, tissue, glass = slide
+    on_glass = changed(rgb, glass, inked(cut(rgb, glass), ink, 1.6 if ink == "black" else 0.8))
+    assert cut(tissue_mask(on_glass, 8.0), glass).mean() < 0.02
+    on_tissue = changed(rgb, tissue, inked(cut(rgb, tissue), ink, 1.6))
+    assert cut(tissue_mask(on_tissue, 8.0), tissue).mean() < 0.1
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0, 2.0])
+def test_melanin_is_tissue(slide: tuple[Pixels, Box, Box], density: float) -> None:
+    rgb, tissue, _ = slide
+    pigment = changed(rgb, tissue, pigmented(cut(rgb, tissue), density))
+    assert cut(tissue_mask(pigment, 8.0), tissue).mean() > 0.95
+
+
+@pytest.mark.parametrize("sigma_px", [1.5, 2.0])
+@pytest.mark.parametrize("um_per_px", [4.0, 8.0, 16.0])
+def test_areas_out_of_focus_are_no_tissue(shared_data: Path, um_per_px: float, sigma_px: float) -> None:
+    image = picture(shared_data / "slides" / "CMU-1-Small-Region.svs").reduce(round(um_per_px * 2))
+    box = (0.4, 0.6, 0.48, 0.9)
+    assert cut(tissue_mask(np.asarray(image), um_per_px), box).mean() > 0.98
+    assert cut(tissue_mask(defocused(np.asarray(image), sigma_px), um_per_px), box).mean() < 0.15
+
+
+@pytest.mark.parametrize("rim_px", [4, 8, 15])
+def test_air_bubbles_are_no_tissue(slide: tuple[Pixels, Box, Box], rim_px: float) -> None:
+    rgb, _, glass = slide
+    bare = cut(rgb, glass)
+    centre = (bare.shape[0] / 2, bare.shape[1] / 2)
+    under = changed(rgb, glass, bubble(bare, centre, 0.8 * min(centre), rim_px))
+    assert cut(under, glass).min() < 120
+    assert cut(tissue_mask(under, 8.0), glass).mean() == 0
+
+
+def test_an_even_film_of_stain_is_no_tissue_and_even_tissue_is() -> None:
+    film = painted((238, 218, 230), noise=1)
+    assert tissue_mask(film, 8.0)[100:300, 100:300].mean() == 0
+    assert tissue_mask(painted((222, 160, 190), noise=1), 8.0)[100:300, 100:300].mean() == 1
 
 
 def painted(colour: tuple[int, int, int], *, noise: float = 4, glass: tuple[int, int, int] = (242, 242, 242)) -> Pixels:

@@ -11,11 +11,13 @@ from histoscale.bench.figure import Figure
 from histoscale.bench.overhead import overhead
 from histoscale.bench.plan import plan
 from histoscale.bench.quickstart import quickstart
+from histoscale.bench.tissue import tissue
 
 BENCHMARKS: dict[str, Callable[[], Iterator[Figure]]] = {
     "overhead": overhead,
     "plan": plan,
     "quickstart": quickstart,
+    "tissue": tissue,
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import openslide
@@ -15,11 +16,12 @@ from PIL import Image
 
 from histoscale.slides.tissue import MASK_UM_PER_PX
 
+Scalar = TypeVar("Scalar", bound=np.generic)
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom as shares of the picture."""
 
-TISSUE = frozenset({"H&E", "fat", "pale tissue", "IHC", "melanin (derived)"})
+TISSUE = frozenset({"H&E", "H&E, held out", "fat", "pale tissue", "IHC", "IHC (derived)", "melanin (derived)"})
 """The categories that are to be accepted; every other one is to be refused."""
 
 _WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
@@ -55,7 +57,7 @@ THUMBNAILS: tuple[tuple[str, float, dict[str, list[Box]]], ...] = (
         _RGB + "diagnostic-slide-thumb-rgb.png",
         40.0,
         {
-            "pen": [(0.07, 0.75, 0.11, 0.93), (0.478, 0.46, 0.502, 0.478), (0.617, 0.533, 0.637, 0.56)],
+            "pen": [(0.07, 0.75, 0.11, 0.93), (0.478, 0.46, 0.502, 0.478), (0.625, 0.533, 0.637, 0.56)],
             "translucent red pen": [(0.972, 0.56, 0.988, 0.62), (0.075, 0.125, 0.09, 0.175)],
             "H&E": [(0.26, 0.69, 0.33, 0.8), (0.75, 0.67, 0.9, 0.73), (0.26, 0.28, 0.37, 0.4)],
             "glass": [(0.3, 0.02, 0.43, 0.05), (0.01, 0.02, 0.05, 0.25)],
@@ -180,8 +182,8 @@ class Scene:
     boxes: dict[str, list[Box]]
 
 
-def cut(pixels: NDArray[np.generic], box: Box) -> NDArray[np.generic]:
-    """The part of an array [H, W, ...] in a box, at least one pixel."""
+def cut(pixels: NDArray[Scalar], box: Box) -> NDArray[Scalar]:
+    """The part of an array [H, W, ...] in a box, at least one pixel: a view."""
     height, width = pixels.shape[:2]
     left, top, right, bottom = box
     rows = slice(int(top * height), max(int(bottom * height), int(top * height) + 1))

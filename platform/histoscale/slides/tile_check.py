@@ -24,6 +24,7 @@ _CELL_UM = 24.0  # a cell with a membrane in it is tissue, so that fat is; a nuc
 _CELL_PX = (16, 96)  # smaller ones hold too few looked-at pixels, larger ones are too few in a tile
 _STAIN_OF_CELL = 16  # a cell is tissue from 1/16 of stained pixels on
 _MAX_INK = 10  # a tile is refused from 1/10 of ink cells on
+_MIN_CHROMA = 0.06
 _GLASS = 246.0  # no tile knows its slide's glass; this is white for every scanner that the rules were measured on
 
 _LINE_STRIDE_PX = 8  # every eighth row and every eighth column
@@ -123,4 +124,4 @@ def _colour_classes() -> NDArray[np.int32]:
     # Whole thousandths: what follows is exact arithmetic, whatever logarithm a machine has.
     density = np.round(1000.0 * np.log(_GLASS / (levels + 1.0))).clip(0.0) / 1000.0
     planes = np.stack(np.meshgrid(density, density, density, indexing="ij")).reshape(3, -1)
-    return np.where(ink(planes), np.int32(1 << 16), stained(planes).astype(np.int32))
+    return np.where(ink(planes), np.int32(1 << 16), stained(planes, _MIN_CHROMA).astype(np.int32))

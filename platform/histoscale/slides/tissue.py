@@ -23,10 +23,11 @@ _CLOSE_UM = 56.0  # half the width of a large fat cell: fat is a net of membrane
 _OPEN_UM = 20.0  # half the width of the coverslip edges and fibres that are to go
 _MIN_AREA_UM2 = 20_000.0
 _STROKE_UM = 8.0  # half the width of the finest stroke; single stained pixels of an ink colour are not ink
+_BLACK_STROKE_UM = 24.0  # the same for black ink, since dense nuclei under pigment scatter into its colour
 _PINK_STROKE_UM = 40.0  # the same for ink that is as pale as eosin, whose colour scatters into that of ink
 _PEN_HALO_UM = 32.0  # ink bleeds, and its blurred edge has no pure colour
 
-_FOCUS_WINDOW_UM = 320.0
+_FOCUS_WINDOW_UM = 200.0
 _FOCUS_MIN = 0.085  # sharp tissue has 0.15 and more, a Gaussian of 1.5 px leaves less than this
 _FILM_MAX = 10.0  # mean squared difference over `FAR_PX`; the most even real tissue has ten, at three times the density
 _FILM_MAX_DENSITY = 0.2
@@ -39,6 +40,7 @@ SENSOR_NOISE = 6
 FLAT = 50
 """Mean squared difference over `FAR_PX` below which nothing can be said of focus."""
 
+_MIN_CHROMA = 0.04  # of a membrane of fat, thinner than a pixel
 _GLASS_FLOOR = 190  # darker than this in any channel is never glass
 _GLASS_DEFAULT = 243.0  # the glass of most scanners, for a field without any
 _GLASS_SHARE = 0.005  # fewer bright pixels than this are lumina, not glass
@@ -70,7 +72,7 @@ def tissue_mask(rgb: NDArray[np.uint8], um_per_px: float) -> Mask:
         raise SlideError("thumbnail has no scale", value=um_per_px, expected="um/px above zero")
     density = _optical_density(rgb, um_per_px)
     pen = _dilate(_pen(density, um_per_px), _PEN_HALO_UM / um_per_px)
-    tissue = stained(density) & ~pen
+    tissue = stained(density, _MIN_CHROMA) & ~pen
     closed = _erode(_dilate(tissue, _CLOSE_UM / um_per_px), _CLOSE_UM / um_per_px)
     seen = _opened(closed, _OPEN_UM / um_per_px) & ~pen
     if um_per_px <= _FOCUS_MAX_UM_PER_PX:
@@ -100,13 +102,19 @@ def _glass(planes: NDArray[np.float32]) -> NDArray[np.float32]:
     return glass
 
 
-def stained(density: Densities) -> Mask:
-    """Where light is absorbed as tissue does, in colour or strongly: [...] from optical densities [3, ...]."""
+def stained(density: Densities, min_chroma: float) -> Mask:
+    """Where light is absorbed as tissue does, in colour or strongly: [...] from optical densities [3, ...].
+
+    Args:
+        density: Optical densities of red, green and blue, natural logarithm, [3, ...].
+        min_chroma: How much two channels must differ at least; single pixels need more than smoothed ones.
+    """
     strength = density.mean(axis=0)
     chroma = density.max(axis=0) - density.min(axis=0)
-    colourful = (chroma > 0.06) & (density.max(axis=0) > 0.10)
-    # Shadows are dark and neutral: the rims of air bubbles, edges of coverslips and of the slide itself.
-    tissue: Mask = colourful | ((strength > 0.22) & (chroma > 0.1 * strength))
+    absorbing = ((chroma > min_chroma) & (density.max(axis=0) > 1.7 * min_chroma)) | (strength > 0.22)
+    # Shadows are neutral: the rims of air bubbles, edges of coverslips and of the slide itself. DAB over a blue
+    # counterstain comes near to that.
+    tissue: Mask = absorbing & (chroma > 0.1 * strength)
     return tissue
 
 
@@ -148,7 +156,7 @@ def _inks(density: Densities) -> list[_Ink]:
         _Ink(cold, cold | cold_edge, _STROKE_UM),
         _Ink(warm, warm | warm_edge, _STROKE_UM),
         _Ink(pink, pink | pink_edge, _PINK_STROKE_UM),
-        _Ink(black, black | black_edge, _STROKE_UM),
+        _Ink(black, black | black_edge, _BLACK_STROKE_UM),
     ]
 
 
