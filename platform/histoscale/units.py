@@ -8,6 +8,9 @@ def magnification(mpp: float) -> float:
     return MPP_AT_1X / mpp
 
 
-def describe_mpp(mpp: float) -> str:
-    """A scale as people say it: `0.5 um/px (20x)`."""
+def describe_mpp(mpp: float | tuple[float, float]) -> str:
+    """A scale, or a range of scales, as people say it: `0.5 um/px (20x)`, `0.25 to 0.5 um/px (40x to 20x)`."""
+    if isinstance(mpp, tuple):
+        finest, coarsest = mpp
+        return f"{finest:.3g} to {coarsest:.3g} um/px ({magnification(finest):.3g}x to {magnification(coarsest):.3g}x)"
     return f"{mpp:g} um/px ({magnification(mpp):g}x)"

@@ -38,6 +38,7 @@ def attributes_read() -> set[str]:
 THROUGH_ANOTHER_NAME = {
     "schedule.images": "recipe.steps",
     "data.mix.mpp": "entry.mpp",
+    "cluster.readers": "cluster.reader_bounds",
     "data.mix.share": "entry.share",
 }
 

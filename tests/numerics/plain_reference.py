@@ -28,6 +28,7 @@ class Tiles:
     replica: int
     sample_ids: NDArray[np.int64]
     tiles: NDArray[np.uint8]
+    faults: tuple[()] = ()
 
 
 @dataclass

@@ -17,7 +17,17 @@ from torch import Tensor
 from histoscale.checkpoint import manifest, reader
 from histoscale.checkpoint.collective import on_every_rank, on_first_rank
 from histoscale.checkpoint.fragments import Fragment
-from histoscale.checkpoint.ledger import delete_after, encode_ledger, ledger_key, merge_runs, read_history, runs_of
+from histoscale.checkpoint.ledger import (
+    StepRecord,
+    delete_after,
+    encode_ledger,
+    ledger_key,
+    merge_records,
+    merge_runs,
+    read_history,
+    read_replacements,
+    runs_of,
+)
 from histoscale.checkpoint.manifest import Commit, Manifest, decode_manifest, encode, marker_key
 from histoscale.checkpoint.reader import (
     discard_after,
@@ -32,6 +42,7 @@ from histoscale.errors import CheckpointError, StorageError
 from histoscale.storage import open_store
 from histoscale.storage.local import LocalStore
 from histoscale.storage.store import Store
+from histoscale.stream.faults import Fault, Quarantined
 
 SHAPES: dict[str, tuple[int, ...]] = {"backbone.a": (5, 7), "backbone.b": (11,), "head.c": (2, 3, 4)}
 KINDS = ("fp32", "exp_avg", "exp_avg_sq", "ema")
@@ -74,8 +85,8 @@ def snapshot(step: int, *, start: int | None = None) -> Snapshot:
         for name, shape in SHAPES.items()
     }
     first = step - 1 if start is None else start
-    samples = [(number, [(10 * number, 10)]) for number in range(first, step)]
-    return Snapshot(step, 10 * step, "recipe", fragments, SHAPES, samples, {"workers": "1"})
+    records = [StepRecord(number, ((10 * number, 10),)) for number in range(first, step)]
+    return Snapshot(step, 10 * step, "recipe", fragments, SHAPES, records, {"workers": "1"})
 
 
 def empty_fragment(name: str, low: int, high: int, kinds: tuple[str, ...] = KINDS) -> Fragment:
@@ -310,6 +321,30 @@ def test_runs_join_neighbours_and_show_what_comes_twice() -> None:
     assert merge_runs([(0, 4), (0, 4)]) == [(0, 4), (0, 4)]
 
 
+def test_replaced_attempts_of_all_ranks_stand_in_the_ledger_in_order(store: Store) -> None:
+    shares = [
+        StepRecord(0, ((4, 4),), (Fault(5, 0, "b" * 32, "blur", False), Fault(5, 1, "a" * 32, "background", False))),
+        StepRecord(0, ((0, 4),), (Fault(2, 0, "a" * 32, "background", False),)),
+    ]
+    store.put(ledger_key(0, 2), encode_ledger([merge_records(shares), StepRecord(1, ((8, 8),))]))
+    assert list(read_history(store, 2)) == [(0, [(0, 8)]), (1, [(8, 8)])]
+    assert list(read_replacements(store, 2)) == [
+        (0, [(2, 0, "a" * 32, "background"), (5, 0, "b" * 32, "blur"), (5, 1, "a" * 32, "background")]),
+        (1, []),
+    ]
+
+
+def test_slides_that_are_out_are_committed_from_the_step_of_their_first_fault(store: Store) -> None:
+    gone = Fault(11, 0, "a" * 32, "changed", True)
+    first = replace(snapshot(1), records=[StepRecord(0, ((0, 10),), (Fault(3, 0, "c" * 32, "blur", False),))])
+    assert write_checkpoint(store, first, keep_last=3).quarantine == ()
+    records = [StepRecord(1, ((10, 10),), (gone,)), StepRecord(2, ((20, 10),), (replace(gone, sample_id=21),))]
+    before = (Quarantined("b" * 32, 0, "gone"),)
+    committed = write_checkpoint(store, replace(snapshot(3), records=records, quarantine=before), keep_last=3)
+    assert committed.quarantine == (*before, Quarantined("a" * 32, 1, "changed"))
+    assert latest_commit(store) == committed
+
+
 @pytest.mark.parametrize(
     "ranges",
     [[(0, 2), (3, 5)], [(0, 2), (1, 5)], [(1, 5)], [(0, 4)], []],
@@ -317,20 +352,24 @@ def test_runs_join_neighbours_and_show_what_comes_twice() -> None:
 )
 def test_ledgers_that_do_not_cover_the_history_are_refused(store: Store, ranges: list[tuple[int, int]]) -> None:
     for start, stop in ranges:
-        store.put(ledger_key(start, stop), encode_ledger([(step, [(step, 1)]) for step in range(start, stop)]))
+        store.put(
+            ledger_key(start, stop), encode_ledger([StepRecord(step, ((step, 1),)) for step in range(start, stop)])
+        )
     with pytest.raises(CheckpointError, match="does not cover the committed steps once each"):
         list(read_history(store, 5))
 
 
 def test_ledger_shorter_than_its_name_is_refused(store: Store) -> None:
-    store.put(ledger_key(0, 5), encode_ledger([(step, [(step, 1)]) for step in range(4)]))
+    store.put(ledger_key(0, 5), encode_ledger([StepRecord(step, ((step, 1),)) for step in range(4)]))
     with pytest.raises(CheckpointError, match="does not cover the committed steps once each"):
         list(read_history(store, 5))
 
 
 def test_uncommitted_ledgers_are_no_history(store: Store) -> None:
     for start, stop in [(0, 3), (3, 9)]:
-        store.put(ledger_key(start, stop), encode_ledger([(step, [(step, 1)]) for step in range(start, stop)]))
+        store.put(
+            ledger_key(start, stop), encode_ledger([StepRecord(step, ((step, 1),)) for step in range(start, stop)])
+        )
     assert [step for step, _ in read_history(store, 3)] == [0, 1, 2]
     delete_after(store, 3)
     assert [info.key for info in store.list("ledger/")] == [ledger_key(0, 3)]

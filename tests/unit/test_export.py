@@ -102,7 +102,7 @@ def committed_run(folder: Path, recipe: Recipe, step: int = 2) -> Store:
         fingerprint=fingerprint(recipe),
         fragments=fragments,
         shapes={name: tuple(tensor.shape) for name, tensor in teacher.items()},
-        samples=[],
+        records=[],
         written_by={},
     )
     store = open_store(folder)

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 
 from histoscale.bench.figure import Figure
+from histoscale.bench.index import index
 from histoscale.bench.overhead import overhead
 from histoscale.bench.plan import plan
 from histoscale.bench.quickstart import quickstart
 from histoscale.bench.tissue import tissue
 
 BENCHMARKS: dict[str, Callable[[], Iterator[Figure]]] = {
+    "index": index,
     "overhead": overhead,
     "plan": plan,
     "quickstart": quickstart,

@@ -1,20 +1,38 @@
 """Which samples entered which committed step.
 
 A ledger covers the steps from one commit to the next, one JSON line each: `{"step": 7, "samples": [[112, 16]]}` means
-samples 112 to 127. It is written before the commit marker; ledgers past the newest commit are no history.
+samples 112 to 127. Where the content refused a tile, `"replaced": [[115, 0, "<slide id>", "blur"]]` says that attempt 0
+at sample 115 gave way to the next. A ledger is written before the commit marker; those past the newest commit are no
+history.
 """
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from histoscale.errors import CheckpointError
 from histoscale.storage.store import Store
+from histoscale.stream.faults import Fault
 
 FOLDER = "ledger/"
 
 Run = tuple[int, int]
 """First sample id and count of consecutive ones."""
+
+Replacement = tuple[int, int, str, str]
+"""Sample id, attempt that was given up, slide id, reason."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What entered one step: all of it, or one rank's share."""
+
+    step: int
+    samples: tuple[Run, ...]
+    faults: tuple[Fault, ...] = ()
+
 
 _LEDGER = re.compile(r"ledger/step-(\d{8,})-(\d{8,})\.jsonl")
 
@@ -40,10 +58,23 @@ def ledger_key(start: int, stop: int) -> str:
     return f"{FOLDER}step-{start:08d}-{stop:08d}.jsonl"
 
 
-def encode_ledger(steps: Sequence[tuple[int, Sequence[Run]]]) -> bytes:
+def merge_records(shares: Sequence[StepRecord]) -> StepRecord:
+    """One step out of the shares of all ranks."""
+    faults = sorted((fault for share in shares for fault in share.faults), key=lambda f: (f.sample_id, f.attempt))
+    runs = merge_runs(run for share in shares for run in share.samples)
+    return StepRecord(shares[0].step, tuple(runs), tuple(faults))
+
+
+def encode_ledger(records: Iterable[StepRecord]) -> bytes:
     """The lines of a ledger."""
-    lines = (json.dumps({"step": step, "samples": [list(run) for run in runs]}) for step, runs in steps)
-    return "".join(f"{line}\n" for line in lines).encode()
+    return "".join(f"{json.dumps(_line(record))}\n" for record in records).encode()
+
+
+def _line(record: StepRecord) -> dict[str, object]:
+    line: dict[str, object] = {"step": record.step, "samples": [list(run) for run in record.samples]}
+    if record.faults:
+        line["replaced"] = [[fault.sample_id, fault.attempt, fault.slide_id, fault.reason] for fault in record.faults]
+    return line
 
 
 def read_history(store: Store, stop: int) -> Iterator[tuple[int, list[Run]]]:
@@ -52,6 +83,18 @@ def read_history(store: Store, stop: int) -> Iterator[tuple[int, list[Run]]]:
     Raises:
         CheckpointError: The ledgers do not cover each of these steps exactly once.
     """
+    for entry in _entries(store, stop):
+        yield entry["step"], [(int(first), int(count)) for first, count in entry["samples"]]
+
+
+def read_replacements(store: Store, stop: int) -> Iterator[tuple[int, list[Replacement]]]:
+    """As `read_history`, with the attempts that the content refused instead of the samples."""
+    for entry in _entries(store, stop):
+        replaced = entry.get("replaced", [])
+        yield entry["step"], [(int(k), int(attempt), slide_id, reason) for k, attempt, slide_id, reason in replaced]
+
+
+def _entries(store: Store, stop: int) -> Iterator[dict[str, Any]]:
     expected = 0
     for start, end, key in _ledgers(store):
         if end > stop:
@@ -60,7 +103,7 @@ def read_history(store: Store, stop: int) -> Iterator[tuple[int, list[Run]]]:
             entry = json.loads(line)
             if entry["step"] != expected:
                 raise _gap(expected, entry["step"])
-            yield expected, [(int(first), int(count)) for first, count in entry["samples"]]
+            yield entry
             expected += 1
         if expected != end or start >= end:
             raise _gap(expected, end)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from histoscale.errors import CheckpointError
+from histoscale.stream.faults import Quarantined
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints/"
@@ -73,6 +74,7 @@ class Commit:
         sizes_bytes: Name of each file in the folder, the manifest included -> size.
         manifest_crc32: Checksum of the manifest.
         ledger: Key of the ledger of the steps since the commit before.
+        quarantine: Slides that have given no tiles from a step on, since the run began.
         written_by: World size, ZeRO stage and versions, for people.
     """
 
@@ -84,6 +86,7 @@ class Commit:
     manifest_crc32: int
     ledger: str | None
     written_by: dict[str, str]
+    quarantine: tuple[Quarantined, ...] = ()
 
 
 def marker_key(step: int) -> str:
@@ -121,7 +124,8 @@ def decode_commit(data: bytes, key: str) -> Commit:
     """
     values = _decode(data, key)
     try:
-        return Commit(**values)
+        quarantine = tuple(Quarantined(**slide) for slide in values.pop("quarantine", ()))
+        return Commit(**values, quarantine=quarantine)
     except TypeError as error:
         raise _damaged(key) from error
 

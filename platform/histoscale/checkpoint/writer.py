@@ -19,7 +19,7 @@ from torch import Tensor
 
 from histoscale.checkpoint.collective import on_every_rank, on_first_rank
 from histoscale.checkpoint.fragments import Fragment
-from histoscale.checkpoint.ledger import Run, encode_ledger, ledger_key, merge_runs
+from histoscale.checkpoint.ledger import StepRecord, encode_ledger, ledger_key, merge_records
 from histoscale.checkpoint.manifest import (
     FOLDER,
     MANIFEST_NAME,
@@ -36,11 +36,9 @@ from histoscale.checkpoint.manifest import (
 )
 from histoscale.errors import StorageError
 from histoscale.storage.store import Store
+from histoscale.stream.faults import Quarantined
 
 _log = logging.getLogger(__name__)
-
-StepSamples = tuple[int, Sequence[Run]]
-"""A step and the samples that this rank put into it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ class Snapshot:
     Attributes:
         fragments: Name -> this rank's fragment, all with the same kinds of tensor.
         shapes: Name -> shape of every whole parameter.
-        samples: The steps since the last commit with this rank's samples.
+        records: What this rank put into the steps since the last commit.
+        quarantine: That of the last commit.
         written_by: World size, ZeRO stage and versions, for people.
     """
 
@@ -59,8 +58,9 @@ class Snapshot:
     fingerprint: str
     fragments: Mapping[str, Fragment]
     shapes: dict[str, tuple[int, ...]]
-    samples: Sequence[StepSamples]
+    records: Sequence[StepRecord]
     written_by: dict[str, str]
+    quarantine: tuple[Quarantined, ...] = ()
 
 
 def write_checkpoint(store: Store, snapshot: Snapshot, keep_last: int) -> Commit:
@@ -70,12 +70,12 @@ def write_checkpoint(store: Store, snapshot: Snapshot, keep_last: int) -> Commit
         StorageError: Something could not be written; raised on every rank, and nothing is committed.
     """
     folder = folder_prefix(snapshot.step, on_first_rank(lambda: secrets.token_hex(4)))
-    reports = on_every_rank(lambda: (_write_shard(store, folder, snapshot.fragments), snapshot.samples))
+    reports = on_every_rank(lambda: (_write_shard(store, folder, snapshot.fragments), snapshot.records))
     shards = tuple(shard for shard, _ in reports)
-    samples = [samples for _, samples in reports]
+    records = [merge_records(shares) for shares in zip(*(records for _, records in reports), strict=True)]
 
     def commit() -> Commit:
-        committed = _commit(store, folder, snapshot, shards, samples)
+        committed = _commit(store, folder, snapshot, shards, records)
         try:
             remove_retired(store, keep_last)
         except StorageError as error:
@@ -129,7 +129,7 @@ def _commit(
     folder: str,
     snapshot: Snapshot,
     shards: tuple[Shard, ...],
-    samples: Sequence[Sequence[StepSamples]],
+    records: Sequence[StepRecord],
 ) -> Commit:
     """Rank 0's part: what makes the shards a checkpoint."""
     manifest = encode(Manifest(snapshot.shapes, shards))
@@ -141,20 +141,28 @@ def _commit(
         folder=folder,
         sizes_bytes={MANIFEST_NAME: len(manifest), **{shard.name: shard.size_bytes for shard in shards}},
         manifest_crc32=zlib.crc32(manifest),
-        ledger=_write_ledger(store, samples),
+        ledger=_write_ledger(store, records),
         written_by=snapshot.written_by,
+        quarantine=_quarantine(snapshot.quarantine, records),
     )
     store.put(marker_key(snapshot.step), encode(commit))
     return commit
 
 
-def _write_ledger(store: Store, samples: Sequence[Sequence[StepSamples]]) -> str | None:
+def _write_ledger(store: Store, records: Sequence[StepRecord]) -> str | None:
     """Key of the ledger of the steps since the last commit, or None when there were none."""
-    steps = [
-        (parts[0][0], merge_runs(run for _, runs in parts for run in runs)) for parts in zip(*samples, strict=True)
-    ]
-    if not steps:
+    if not records:
         return None
-    key = ledger_key(steps[0][0], steps[-1][0] + 1)
-    store.put(key, encode_ledger(steps))
+    key = ledger_key(records[0].step, records[-1].step + 1)
+    store.put(key, encode_ledger(records))
     return key
+
+
+def _quarantine(before: tuple[Quarantined, ...], records: Sequence[StepRecord]) -> tuple[Quarantined, ...]:
+    """The slides that were out before, and those of which no tile could be read since, from the step of the first."""
+    out = {slide.slide_id: slide for slide in before}
+    for record in records:
+        for fault in record.faults:
+            if fault.whole_slide:
+                out.setdefault(fault.slide_id, Quarantined(fault.slide_id, record.step, fault.reason))
+    return tuple(out.values())

@@ -1,11 +1,14 @@
 """The wire between a run's driver and its workers: a stop that is asked for, and the progress that is shown."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from histoscale.stream.faults import Fault
 
 # A handle of the RunControl actor; its methods exist only at run time.
 ControlHandle: TypeAlias = Any
@@ -32,12 +35,21 @@ class Progress:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Told:
+    """What the workers have told since the driver last asked."""
+
+    progress: list[Progress]
+    faults: list[Fault]
+
+
 class RunControl:
-    """State that the driver and rank 0 share; lives in an actor."""
+    """State that the driver and the workers share; lives in an actor."""
 
     def __init__(self) -> None:
         self._wish = Wish.GO_ON
         self._progress: list[Progress] = []
+        self._faults: list[Fault] = []
 
     def want(self, wish: Wish) -> None:
         """The driver's wish, which rank 0 learns with the answer to its next message."""
@@ -48,9 +60,14 @@ class RunControl:
         self._progress.append(progress)
         return self._wish
 
-    def drain(self) -> list[Progress]:
-        """The progress that was told since the last call."""
-        told, self._progress = self._progress, []
+    def tell_faults(self, faults: Sequence[Fault]) -> None:
+        """Take note of attempts that the content refused."""
+        self._faults.extend(faults)
+
+    def drain(self) -> Told:
+        """What was told since the last call."""
+        told = Told(self._progress, self._faults)
+        self._progress, self._faults = [], []
         return told
 
 

@@ -15,25 +15,34 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from histoscale.checkpoint.reader import latest_commit
+from histoscale.cluster.bad_slides import BadSlides
 from histoscale.cluster.control import ControlHandle, Progress, Wish, start_control
 from histoscale.cluster.failures import ElasticTorchTrainer, diagnosis_in
 from histoscale.cluster.lease import Lease
+from histoscale.cluster.plan_lines import describe_plan
 from histoscale.cluster.resources import resolve_device, wait_for_resources, worker_resources
 from histoscale.cluster.run_folder import (
     DEFAULT_PRECISION,
     check_same_experiment,
     read_run,
+    recorded_snapshot,
     resolve_precision,
     start_run,
 )
-from histoscale.cluster.worker import WorkerSpec, committed_step, train_worker
+from histoscale.cluster.segments import next_segments, out_from, read_segments, write_segments
+from histoscale.cluster.worker import WorkerSpec, train_worker
 from histoscale.config.recipe import Recipe
 from histoscale.errors import RunError
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
-from histoscale.slides.index import read_index
+from histoscale.slides.catalogue import Catalogue, open_catalogue
+from histoscale.slides.exclusions import read_exclusions
+from histoscale.slides.tile_check import TileCheck
 from histoscale.storage import Store, open_store
-from histoscale.stream.feed import FeedSpec, PlanFeed
+from histoscale.stream.faults import Quarantined
+from histoscale.stream.reader import ReaderSpec
+from histoscale.stream.windows import FeedSpec, start_feed
 
 _POLL_S = 0.5
 
@@ -54,8 +63,8 @@ class CheckedRequest:
 
     request: PretrainRequest
     store: Store
+    catalogue: Catalogue
     plan: Plan
-    snapshot_id: str
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,12 @@ def check_request(request: PretrainRequest) -> CheckedRequest:
     Raises:
         HistoscaleError: The index cannot be read, no slide serves a magnification, or the run folder is another's.
     """
-    index = read_index(open_store(request.index_uri))
-    plan = Plan(PlanSpec.from_recipe(request.recipe), index.records)
     store = open_store(request.run_uri)
-    checked = CheckedRequest(request, store, plan, index.snapshot_id)
+    # A run keeps to the snapshot that it began with, however the index has grown since.
+    catalogue = open_catalogue(request.index_uri, recorded_snapshot(store))
+    spec = PlanSpec.from_recipe(request.recipe)
+    plan = Plan(spec, catalogue.rows, catalogue.columns, catalogue.values, catalogue.mask)
+    checked = CheckedRequest(request, store, catalogue, plan)
     _resumed_recipe(checked)
     return checked
 
@@ -87,7 +98,7 @@ def _resumed_recipe(checked: CheckedRequest) -> Recipe | None:
     if stored is None:
         return None
     recipe = resolve_precision(checked.request.recipe, stored.precision)
-    check_same_experiment(checked.store, recipe, stored, checked.snapshot_id)
+    check_same_experiment(checked.store, recipe, stored, checked.catalogue.snapshot_id)
     return recipe
 
 
@@ -101,34 +112,72 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
     Raises:
         HistoscaleError: Whatever is wrong with the lease, the cluster or the training.
     """
-    request, store, plan = checked.request, checked.store, checked.plan
+    request, store, catalogue = checked.request, checked.store, checked.catalogue
     device = resolve_device(request.recipe.cluster)
-    for line in plan.report():
-        tell(f"{line.mpp:g} um/px: {line.slides} slides serve it, {line.places:,} places")
     with Lease(store, request.holder) as lease:
         recipe = _resumed_recipe(checked)  # once more: the run may have been started since it was checked
-        start = committed_step(request.run_uri) if recipe else 0
+        commit = latest_commit(store) if recipe else None
+        start = commit.step if commit else 0
         if start >= request.recipe.steps:
             tell(f"run {store.uri} is complete: {start} steps")
             return PretrainOutcome(start, request.recipe.steps, stopped=False)
         wait_for_resources(request.recipe.cluster, device, tell)
         if recipe is None:
             recipe = resolve_precision(request.recipe, DEFAULT_PRECISION[device])
-            start_run(store, recipe, request.index_uri, checked.snapshot_id)
+            start_run(store, recipe, request.index_uri, catalogue.snapshot_id)
+        quarantine = commit.quarantine if commit else ()
+        feed = _feed(checked, recipe, start, quarantine)
+        for line in describe_plan(checked.plan.report()):
+            tell(line)
         tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
-        feed = FeedSpec.from_recipe(recipe, plan, request.index_uri, Path(tempfile.gettempdir()) / "histoscale-slides")
-        _run_to_the_end(store, recipe, device, feed, lease, tell)
-        step = committed_step(request.run_uri)
+        bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
+        _run_to_the_end(store, recipe, device, feed, _Watched(lease, bad_slides, tell))
+        for line in bad_slides.summary():
+            tell(line)
+        if bad_slides.error is not None:
+            raise bad_slides.error
+        step = _committed_step(store)
         return PretrainOutcome(step, recipe.steps, stopped=step < recipe.steps)
 
 
-def _run_to_the_end(
-    store: Store, recipe: Recipe, device: str, feed: FeedSpec, lease: Lease, tell: Callable[[str], None]
-) -> None:
+def _committed_step(store: Store) -> int:
+    commit = latest_commit(store)
+    return commit.step if commit else 0
+
+
+def _feed(checked: CheckedRequest, recipe: Recipe, start: int, quarantine: tuple[Quarantined, ...]) -> FeedSpec:
+    """The feed from a committed step on; exclusions that came since the run last began open a plan segment."""
+    index_uri = checked.request.index_uri
+    withdrawn = {slide_id for one in read_exclusions(open_store(index_uri)) for slide_id in one.slide_ids}
+    segments = next_segments(read_segments(checked.store), start, filter(checked.catalogue.has, withdrawn))
+    write_segments(checked.store, segments)
+    reader = ReaderSpec(
+        index_uri=index_uri,
+        snapshot_id=checked.catalogue.snapshot_id,
+        plan=checked.plan.spec,
+        out_from=out_from(segments, quarantine),
+        check=TileCheck(recipe.data.min_tile_tissue, recipe.data.min_sharpness),
+        cache_folder=Path(tempfile.gettempdir()) / "histoscale-slides",
+        cache_bytes=int(recipe.cluster.slide_cache_gb * 1e9) // recipe.cluster.reader_bounds[1],
+        tile_cache_bytes=int(recipe.cluster.tile_cache_gb * 1e9),
+    )
+    return FeedSpec(recipe.steps, reader, recipe.cluster.reader_bounds)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """What the driver looks at, and tells of, while the workers run."""
+
+    lease: Lease
+    bad_slides: BadSlides
+    tell: Callable[[str], None]
+
+
+def _run_to_the_end(store: Store, recipe: Recipe, device: str, feed: FeedSpec, watched: _Watched) -> None:
     control = start_control()
-    spec = WorkerSpec(recipe, store.uri, device, feed, control)
+    spec = WorkerSpec(recipe, store.uri, device, feed, start_feed(feed), control)
     cluster = recipe.cluster
-    with tempfile.TemporaryDirectory(prefix="histoscale-train-") as scratch, _watching(control, lease, tell):
+    with tempfile.TemporaryDirectory(prefix="histoscale-train-") as scratch, _watching(control, watched):
         trainer = ElasticTorchTrainer(
             train_worker,
             train_loop_config={"spec": spec},
@@ -138,8 +187,6 @@ def _run_to_the_end(
                 use_gpu=device == "cuda",
                 resources_per_worker=worker_resources(cluster, device),
             ),
-            datasets=PlanFeed.placeholder(),
-            dataset_config=PlanFeed(feed, lambda: committed_step(store.uri)),
             run_config=RunConfig(
                 name="attempt",
                 storage_path=scratch,
@@ -169,21 +216,31 @@ def _explain(error: TrainingFailedError, max_failures: int) -> Exception:
 
 
 @contextlib.contextmanager
-def _watching(control: ControlHandle, lease: Lease, tell: Callable[[str], None]) -> Iterator[None]:
-    """Show progress, pass a SIGTERM on as the wish to commit and stop, and a lost lease as that to abandon."""
+def _watching(control: ControlHandle, watched: _Watched) -> Iterator[None]:
+    """Show progress, and pass on why the run should stop.
+
+    A SIGTERM and too many bad slides become the wish to commit and stop, a lost lease the wish to abandon the run.
+    """
     asked, done = threading.Event(), threading.Event()
+    lease, bad_slides, tell = watched.lease, watched.bad_slides, watched.tell
+
+    def show(printer: _ProgressPrinter, last: bool = False) -> None:
+        told = ray.get(control.drain.remote())
+        bad_slides.take(told.faults)
+        printer.show(told.progress, last)
 
     def watch() -> None:
         printer = _ProgressPrinter(tell)
         passed_on = Wish.GO_ON
         while not done.wait(_POLL_S):
-            wish = Wish.ABANDON if lease.lost else Wish.COMMIT_AND_STOP if asked.is_set() else Wish.GO_ON
+            stop = asked.is_set() or bad_slides.error is not None
+            wish = Wish.ABANDON if lease.lost else Wish.COMMIT_AND_STOP if stop else Wish.GO_ON
             if wish is not passed_on:
                 tell(f"asking the workers to {wish.value}")
                 ray.get(control.want.remote(wish))
                 passed_on = wish
-            printer.show(ray.get(control.drain.remote()))
-        printer.show(ray.get(control.drain.remote()), last=True)
+            show(printer)
+        show(printer, last=True)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         asked.set()

@@ -10,7 +10,7 @@ from ray.autoscaler.sdk import request_resources
 
 from histoscale.config.recipe import ClusterSection
 from histoscale.errors import ClusterError
-from histoscale.stream.feed import PLANNER_CPUS
+from histoscale.stream.windows import PLANNER_CPUS
 
 _POLL_S = 2.0
 
@@ -76,4 +76,4 @@ def _missing(needed: dict[str, float]) -> str:
 
 def _bundles(cluster: ClusterSection, device: str) -> list[dict[str, float]]:
     workers = [worker_resources(cluster, device)] * cluster.workers
-    return workers + [{"CPU": 1.0}] * (cluster.readers + math.ceil(PLANNER_CPUS))
+    return workers + [{"CPU": 1.0}] * (cluster.reader_bounds[0] + math.ceil(PLANNER_CPUS))

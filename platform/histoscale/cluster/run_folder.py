@@ -67,7 +67,7 @@ def check_same_experiment(store: Store, recipe: Recipe, stored: Recipe, snapshot
             expected="the recipe that the run records (only `cluster` may change)",
             remedy="undo these changes to resume, or give a new --out to start another run",
         )
-    recorded = json.loads(store.get(INDEX_KEY))["snapshot_id"]
+    recorded = recorded_snapshot(store)
     if recorded != snapshot_id:
         raise RunError(
             f"run {store.uri} was started on another index",
@@ -75,6 +75,14 @@ def check_same_experiment(store: Store, recipe: Recipe, stored: Recipe, snapshot
             expected=f"snapshot {recorded}",
             remedy="give the index that the run was started on, or a new --out to start another run",
         )
+
+
+def recorded_snapshot(store: Store) -> str | None:
+    """The snapshot of the index that a run was started on; None where no run was."""
+    if not store.exists(RECIPE_KEY):
+        return None
+    snapshot_id: str = json.loads(store.get(INDEX_KEY))["snapshot_id"]
+    return snapshot_id
 
 
 def start_run(store: Store, recipe: Recipe, index_uri: str, snapshot_id: str) -> None:

@@ -1,19 +1,23 @@
 """What every worker of a run does: take its replicas' tiles, take the steps, commit, tell."""
 
+import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray.train
 import torch
 from ray.train.torch import get_device
 
-from histoscale.checkpoint.reader import latest_commit
+from histoscale.checkpoint.collective import on_first_rank
 from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Wish
 from histoscale.config.recipe import Recipe
 from histoscale.errors import RunError
 from histoscale.observe.metrics import MetricsWriter
 from histoscale.storage import open_store
-from histoscale.stream.feed import DATASET, FeedSpec, RankFeed
+from histoscale.stream.faults import Fault
+from histoscale.stream.feed import MicroBatch, RankFeed
+from histoscale.stream.windows import FeedMasterHandle, FeedSpec, RankShare
 from histoscale.train.step import StepMetrics
 from histoscale.train.trainer import Trainer, build_trainer
 
@@ -26,13 +30,8 @@ class WorkerSpec:
     run_uri: str
     device: str
     feed: FeedSpec
+    feed_master: FeedMasterHandle
     control: ControlHandle
-
-
-def committed_step(run_uri: str) -> int:
-    """The step that a run goes on from: that of its newest commit, or 0."""
-    commit = latest_commit(open_store(run_uri))
-    return commit.step if commit else 0
 
 
 def train_worker(config: dict[str, WorkerSpec]) -> None:
@@ -44,17 +43,22 @@ def train_worker(config: dict[str, WorkerSpec]) -> None:
     device = get_device() if spec.device == "cuda" else torch.device("cpu")
     trainer = build_trainer(spec.recipe, device, open_store(spec.run_uri))
     start = trainer.resume()
-    tiles = ray.train.get_dataset_shard(DATASET)
-    feed = RankFeed(tiles, spec.feed.plan, rank, workers, start, spec.recipe.steps)
-    if rank == 0:
-        _lead(spec, trainer, feed, start)
-    else:
-        _follow(spec, trainer, feed, start)
+    attempt = on_first_rank(lambda: secrets.token_hex(8))
+    feed = RankFeed(spec.feed, RankShare(spec.feed_master, attempt, rank, workers), start)
+    try:
+        if rank == 0:
+            _lead(spec, trainer, feed, start)
+        else:
+            _follow(spec, trainer, feed, start)
+    finally:
+        feed.close()
 
 
 def _follow(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> None:
     for step in range(start, spec.recipe.steps):
-        metrics = trainer.step(step, feed.micro_batches(step))
+        micro_batches = feed.micro_batches(step)
+        _tell_faults(spec, micro_batches)
+        metrics = trainer.step(step, micro_batches)
         if _commit_if_due(spec.recipe, trainer, step, metrics) and metrics.stop:
             return
 
@@ -67,6 +71,7 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
         for step in range(start, spec.recipe.steps):
             _require_the_run(line, spec.run_uri)
             micro_batches = feed.micro_batches(step)
+            _tell_faults(spec, micro_batches)
             metrics = trainer.step(step, micro_batches, stop_requested=line.wish is Wish.COMMIT_AND_STOP)
             timing = clock.tick(feed.wait_s)
             writer.write(step, _scalars(metrics) | timing)
@@ -78,6 +83,13 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
                 return
     finally:
         writer.close()
+
+
+def _tell_faults(spec: WorkerSpec, micro_batches: Sequence[MicroBatch | None]) -> None:
+    """Every rank tells its own; the driver counts slides, and stops the run where there are too many bad ones."""
+    faults: list[Fault] = [fault for batch in micro_batches if batch is not None for fault in batch.faults]
+    if faults:
+        spec.control.tell_faults.remote(faults)
 
 
 def _require_the_run(line: ControlLine, run_uri: str) -> None:

@@ -60,7 +60,7 @@ class DataSection(Section):
     max_upsample: Annotated[float, Field(ge=1.0, le=2.0)] = 1.1
     min_tissue: Probability = 0.65  # [Virchow2] a tile is kept from 65 % tissue on
     min_tile_tissue: Probability = 0.4  # of the tile as it was read; 0 switches the test off
-    min_sharpness: NonNegative = 0.5  # of the tile as it was read, 1 being sharp at its scale; 0 switches it off
+    min_sharpness: NonNegative = 0.45  # of the tile as it was read, 1 being sharp at its scale; 0 switches it off
     balance: tuple[str, ...] = ()  # columns of the index whose values, combined, make the strata
     temperature: Positive = 1.0  # 1: strata as large as in the archive; the larger, the more alike
     weights: dict[str, dict[str, NonNegative]] = {}  # column -> value -> factor; 0 leaves its slides out
@@ -220,6 +220,7 @@ class ClusterSection(Section):
     cpus_per_worker: Count = 1
     readers: Count | tuple[Count, Count] = 2  # a number, or the bounds between which Ray Data scales
     slide_cache_gb: Positive = 50.0
+    tile_cache_gb: NonNegative = 0.0  # of a node, for compressed tiles that all its readers share
     max_failures: Annotated[int, Field(ge=0)] = 5
     start_timeout_s: Positive = 600.0
 

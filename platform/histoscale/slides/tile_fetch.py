@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from histoscale.errors import SlideError, StorageError
 from histoscale.slides.layout import Level, SlideLayout
@@ -42,6 +43,25 @@ class _Place:
     length: int
 
 
+class _Span(NamedTuple):
+    """The bytes of a tile; sorts by where they lie."""
+
+    object_index: int
+    start: int
+    length: int
+    tile: Tile
+
+
+class PieceCache(Protocol):
+    """Where fetched tiles may be kept for whoever reads them next; `storage.disk_cache.DiskCache` is one."""
+
+    def get(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Those of the named pieces that are there."""
+
+    def put(self, pieces: Mapping[str, bytes]) -> None:
+        """Keep pieces."""
+
+
 class TileSource:
     """The tiles of one slide.
 
@@ -50,15 +70,22 @@ class TileSource:
         objects: The slide's objects, in the order in which the layout counts them.
         ranges: Where bytes come from.
         tables: Pages of the offset tables.
+        kept: Tiles that were fetched before, if they are kept.
     """
 
     def __init__(
-        self, layout: SlideLayout, objects: Sequence[ObjectInfo], ranges: RangeReader, tables: TableCache
+        self,
+        layout: SlideLayout,
+        objects: Sequence[ObjectInfo],
+        ranges: RangeReader,
+        tables: TableCache,
+        kept: PieceCache | None = None,
     ) -> None:
         self._layout = layout
         self._objects = list(objects)
         self._ranges = ranges
         self._tables = tables
+        self._kept = kept
 
     def fetch(self, tiles: Collection[Tile]) -> "Future[TileBytes]":
         """Start to fetch tiles, each once; returns at once.
@@ -97,25 +124,46 @@ class TileSource:
 
     def _fetch_tiles(self, runs: list[_Run], pages: Mapping[Page, bytes], done: "Future[TileBytes]") -> None:
         found: TileBytes = {}
-        spans: list[tuple[int, int, int, Tile]] = []  # object, start, length, tile
+        spans: list[_Span] = []
         for run in runs:
             for tile, start, length in self._locate(run, pages):
                 if length:
-                    spans.append((self._layout.levels[run.level].object_index, start, length, tile))
+                    spans.append(_Span(self._layout.levels[run.level].object_index, start, length, tile))
                 else:
                     found[tile] = None
-        requests, places = _coalesced(self._objects, sorted(spans))
+        left = self._take_kept(spans, found)
+        requests, places = _coalesced(self._objects, sorted(left))
 
         def with_tiles(answers: list[bytes]) -> None:
             views = [memoryview(data) for data in answers]
             for place in places:
                 found[place.tile] = views[place.request][place.start : place.start + place.length]
+            if self._kept is not None:
+                self._kept.put({self._name(span): bytes(found[span.tile] or b"") for span in left})
             done.set_result(found)
 
         if requests:
             self._then(requests, with_tiles, done)
         else:
             done.set_result(found)
+
+    def _take_kept(self, spans: list[_Span], found: TileBytes) -> list[_Span]:
+        """Take what is kept; gives what is left to fetch."""
+        if self._kept is None:
+            return spans
+        kept = self._kept.get([self._name(span) for span in spans])
+        left = []
+        for span in spans:
+            data = kept.get(self._name(span))
+            if data is None:
+                left.append(span)
+            else:
+                found[span.tile] = memoryview(data)
+        return left
+
+    def _name(self, span: _Span) -> str:
+        info = self._objects[span.object_index]
+        return f"{info.etag}:{info.key}:{span.start}:{span.length}"
 
     def _locate(self, run: _Run, pages: Mapping[Page, bytes]) -> list[tuple[Tile, int, int]]:
         """Each tile of a run with its first byte and its length; 0: the file has none."""
@@ -182,9 +230,7 @@ def _runs(tiles: Collection[Tile]) -> list[_Run]:
     return runs
 
 
-def _coalesced(
-    objects: Sequence[ObjectInfo], spans: Sequence[tuple[int, int, int, Tile]]
-) -> tuple[list[RangeRequest], list[_Place]]:
+def _coalesced(objects: Sequence[ObjectInfo], spans: Sequence[_Span]) -> tuple[list[RangeRequest], list[_Place]]:
     """Few requests for many sorted spans, and where each tile is in them; tiles may share bytes."""
     bounds: list[list[int]] = []  # object, start, end
     places = []

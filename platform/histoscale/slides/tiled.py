@@ -24,7 +24,7 @@ from histoscale.slides.scale import resolve_scale
 from histoscale.slides.slide import SlideInfo
 from histoscale.slides.table_cache import TableCache
 from histoscale.slides.tiff_layout import is_tiff, tiff_layout
-from histoscale.slides.tile_fetch import Tile, TileBytes, TileSource
+from histoscale.slides.tile_fetch import PieceCache, Tile, TileBytes, TileSource
 from histoscale.storage import ObjectInfo
 from histoscale.storage.ranges import RangeReader
 
@@ -112,11 +112,12 @@ class TiledSlide:
         objects: Sequence[ObjectInfo],
         ranges: RangeReader,
         tables: TableCache,
+        kept: PieceCache | None = None,
     ) -> None:
         layout.check([one.size_bytes for one in objects])
         self._info = info
         self._layout = layout
-        self._source = TileSource(layout, objects, ranges, tables)
+        self._source = TileSource(layout, objects, ranges, tables, kept)
         self._closed = False
 
     @property

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from histoscale.errors import StorageError
 from histoscale.storage.local import diagnosed_files, file_etag
-from histoscale.storage.store import ObjectInfo, Store, object_changed
+from histoscale.storage.store import ObjectInfo, Store, object_changed, object_missing
 
 _OWN_FOLDER = re.compile(r"cache-[0-9]+-[0-9a-f]{16}")
 _SUFFIX = re.compile(r"\.[A-Za-z]{2,8}")  # no digits: what follows a dot may be a record number
@@ -167,7 +167,9 @@ def _fill(folder: Path, store: Store, infos: Sequence[ObjectInfo]) -> None:
 
 def _link(path: Path, original: Path, store: Store, info: ObjectInfo) -> None:
     with diagnosed_files(f"an object of {store.uri}", private=True):
-        current = file_etag(original.stat())
+        current = file_etag(original.stat()) if original.exists() else None
+    if current is None:
+        raise object_missing(info.key, store.uri, private=True)
     if current != info.etag:
         raise object_changed(info.key, store.uri, private=True)
     path.symlink_to(original)

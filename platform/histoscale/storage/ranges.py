@@ -4,9 +4,10 @@ from pathlib import Path
 
 from histoscale.storage import open_store
 from histoscale.storage.local import LocalStore
-from histoscale.storage.ranges_core import ObjectChanged, RangeReader, RangeRequest, RangeStats
+from histoscale.storage.ranges_core import RangeReader, RangeRequest, RangeStats
 from histoscale.storage.ranges_local import LocalRanges
 from histoscale.storage.ranges_s3 import S3Ranges
+from histoscale.storage.store import ObjectChanged
 
 __all__ = ["ObjectChanged", "RangeReader", "RangeRequest", "RangeStats", "open_ranges"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from histoscale.errors import StorageError
-from histoscale.storage.store import check_key, check_range
+from histoscale.storage.store import ObjectChanged, check_key, check_range
 
 _MAX_OFFSET = 2**63 - 1  # what the operating system and HTTP servers count to
 
@@ -75,10 +75,6 @@ class RangeReader(Protocol):
     def close(self) -> None:
         """Cancel what is under way and free what is open; closing twice is allowed."""
         ...
-
-
-class ObjectChanged(StorageError):
-    """An object that is another one now, is gone, or is shorter than listed: reading again would not help."""
 
 
 def replaced(root: str) -> ObjectChanged:

@@ -26,6 +26,10 @@ class ObjectInfo:
     etag: str
 
 
+class ObjectChanged(StorageError):
+    """An object that is another one now, is gone, or is shorter than listed: reading again would not help."""
+
+
 class Store(Protocol):
     """Objects under one root; every key and prefix is relative to it, and every failure is a StorageError.
 
@@ -154,26 +158,26 @@ def refuse_root(prefix: str, root: str) -> None:
         )
 
 
-def range_past_end(key: str, root: str, *, private: bool) -> StorageError:
+def range_past_end(key: str, root: str, *, private: bool) -> ObjectChanged:
     """The error for a range that starts where the object has ended."""
-    return StorageError(
+    return ObjectChanged(
         f"{name_object(key, root, private=private)} ends before the range that was asked for",
         remedy="the object is shorter than it was, or torn; check it, and build what refers to it again",
     )
 
 
-def object_changed(key: str, root: str, *, private: bool) -> StorageError:
+def object_changed(key: str, root: str, *, private: bool) -> ObjectChanged:
     """The error for an object that is not the one whose ETag was noted."""
-    return StorageError(
+    return ObjectChanged(
         f"{name_object(key, root, private=private)} changed since it was listed",
         expected="the ETag of the listing",
         remedy="build the index again, or restore the object",
     )
 
 
-def object_missing(key: str, root: str, *, private: bool) -> StorageError:
+def object_missing(key: str, root: str, *, private: bool) -> ObjectChanged:
     """The error for a key without an object."""
-    return StorageError(
+    return ObjectChanged(
         f"{name_object(key, root, private=private)} does not exist",
         remedy="check the URI, and whether the object was moved or removed",
     )

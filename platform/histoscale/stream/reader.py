@@ -1,160 +1,179 @@
 """Reads chapters: an actor of Ray Data that turns one row of the plan into one block of tiles.
 
-Names of slides stay inside this actor: it takes them from the protected part of the index, and every error that
-leaves it names a slide by its id.
+A sample whose tile the content refuses (damaged data, a slide that changed, no tissue after all, out of focus) is
+read again at its next attempt, so that a block is always whole and a replay finds the same tiles.
 """
 
-from collections import OrderedDict
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import ray
-from numpy.typing import NDArray
 
-from histoscale.errors import SlideError, StorageError
-from histoscale.sampling.plan import MicroBatchPlan, Plan
-from histoscale.slides.index import SlideLocation, read_locations
-from histoscale.slides.openslide_reader import open_slide
-from histoscale.slides.slide import Slide
-from histoscale.storage import is_remote, open_store
-from histoscale.storage.cache import ObjectCache, local_name
-from histoscale.stream.chapters import Chapter
-
-_OPEN_SLIDES = 64  # a small archive stays open; of a large one, hardly any slide comes twice in a row
+from histoscale.sampling.plan import ChapterPlan, Plan
+from histoscale.sampling.spec import PlanSpec
+from histoscale.slides.catalogue import Catalogue, Locations, open_catalogue
+from histoscale.slides.identity import index_key
+from histoscale.slides.snapshot import protected
+from histoscale.slides.tile_check import TileCheck, tile_fault
+from histoscale.slides.tiled import Region
+from histoscale.storage import open_store
+from histoscale.storage.disk_cache import DiskCache
+from histoscale.stream.chapters import Chapter, ChapterTiles
+from histoscale.stream.faults import Fault
+from histoscale.stream.slide_pool import Outcome, Refusal, SlidePool
 
 
 @dataclass(frozen=True)
 class ReaderSpec:
-    """What every reader needs beside the plan.
+    """What every reader needs.
 
     Attributes:
         index_uri: The slide index, whose protected part says where the slides lie.
-        cache_folder: A node-local folder for copies of slides that lie in a bucket.
+        snapshot_id: The snapshot of it that the run reads.
+        plan: What decides the plan beside the slides.
+        out_from: Slide id -> first step at which the slide is out (withdrawn, or quarantined).
+        check: What a tile must be to be trained on.
+        cache_folder: A node-local folder for copies of slides that cannot be read in place.
         cache_bytes: Disk that one reader's copies may take.
+        tile_cache_bytes: Disk of a node for compressed tiles that its processes share; 0 keeps none.
     """
 
     index_uri: str
+    snapshot_id: str
+    plan: PlanSpec
+    out_from: Mapping[str, int]
+    check: TileCheck
     cache_folder: Path
     cache_bytes: int
+    tile_cache_bytes: int = 0
+
+    def open_plan(self, catalogue: Catalogue) -> Plan:
+        """The plan of the run over the slides of its catalogue."""
+        out_from = {catalogue.row_of(slide_id): step for slide_id, step in self.out_from.items()}
+        return Plan(self.plan, catalogue.rows, catalogue.columns, catalogue.values, catalogue.mask, out_from)
+
+    def open_tile_cache(self) -> DiskCache | None:
+        """The node's cache of compressed tiles, encrypted under the index's id key."""
+        if not self.tile_cache_bytes:
+            return None
+        secret = index_key(protected(open_store(self.index_uri)))
+        return DiskCache(self.cache_folder / "tiles", self.tile_cache_bytes, secret)
 
 
 @dataclass(frozen=True)
-class _Held:
-    """An open slide; `release` closes it and gives its copy up."""
+class _Wanted:
+    """One tile that is still to be read, at its place (step, position) in the chapter."""
 
-    slide: Slide
-    copied_bytes: int
-    release: ExitStack
-
-
-class OpenSlides:
-    """The slides that a reader has open, the least recently used closed first.
-
-    Args:
-        spec: Where the slides are.
-    """
-
-    def __init__(self, spec: ReaderSpec) -> None:
-        self._locations = read_locations(open_store(spec.index_uri, private=True))
-        self._cache = ObjectCache(spec.cache_folder, spec.cache_bytes)
-        self._cache_bytes = spec.cache_bytes
-        self._held: OrderedDict[str, _Held] = OrderedDict()
-
-    def read(self, slide_id: str, x_px0: float, y_px0: float, side_px: int, mpp: float) -> NDArray[np.uint8]:
-        """One region, uint8 [side_px, side_px, 3].
-
-        Raises:
-            SlideError: The slide cannot be opened or read; names it by its id.
-            StorageError: Its objects cannot be fetched; likewise.
-        """
-        try:
-            return self._slide(slide_id).read(x_px0, y_px0, side_px, mpp)
-        except (SlideError, StorageError) as error:
-            raise type(error)(
-                f"slide {slide_id}: {error.what}", value=error.value, expected=error.expected, remedy=error.remedy
-            ) from None
-        except OSError as error:
-            # The cause holds a file name.
-            raise SlideError(f"slide {slide_id} cannot be read", value=error.strerror) from None
-
-    def _slide(self, slide_id: str) -> Slide:
-        if slide_id not in self._held:
-            location = self._locations.get(slide_id)
-            if location is None:
-                raise SlideError("not in the index", remedy="resume with the index that the run began with")
-            self._held[slide_id] = self._open(slide_id, location)
-        self._held.move_to_end(slide_id)
-        return self._held[slide_id].slide
-
-    def _open(self, slide_id: str, location: SlideLocation) -> _Held:
-        """Open a slide on a copy, or on a link where its objects are files of this machine."""
-        remote = is_remote(location.root_uri)
-        copied_bytes = sum(info.size_bytes for info in location.objects) if remote else 0
-        self._make_room(copied_bytes)
-        store = open_store(location.root_uri, private=True)
-        with ExitStack() as stack:
-            folder = stack.enter_context(self._cache.lease(store, location.objects, slide_id))
-            slide = open_slide(folder / local_name(0, location.objects[0].key), mpp=location.mpp_override)
-            stack.callback(slide.close)
-            return _Held(slide, copied_bytes, stack.pop_all())
-
-    def _make_room(self, copied_bytes: int) -> None:
-        # The cache cannot evict the copy of an open slide.
-        used_bytes = sum(held.copied_bytes for held in self._held.values())
-        while self._held and (len(self._held) >= _OPEN_SLIDES or used_bytes + copied_bytes > self._cache_bytes):
-            _, oldest = self._held.popitem(last=False)
-            oldest.release.close()
-            used_bytes -= oldest.copied_bytes
+    at: tuple[int, int]
+    sample_id: int
+    attempt: int
+    row: int
+    region: Region
 
 
 class Reader:
-    """The actor of `map_batches`: one row of the plan in, one block out.
+    """The actor of `map_batches`: one row of the plan in, one block out. Several threads may call it.
 
     Args:
-        plan: The plan of the run, in Ray's object store.
-        spec: Where the slides are.
+        spec: What to read, and from where.
     """
 
-    def __init__(self, plan: "ray.ObjectRef[Plan]", spec: ReaderSpec) -> None:
-        self._plan: Plan = ray.get(plan)
+    def __init__(self, spec: ReaderSpec) -> None:
         self._spec = spec
+        self._planning = threading.Lock()
 
     @cached_property
-    def _slides(self) -> OpenSlides:
+    def _catalogue(self) -> Catalogue:
         # Not in __init__: there, an error would reach the rank as the death of an actor, without its type.
-        return OpenSlides(self._spec)
+        return open_catalogue(self._spec.index_uri, self._spec.snapshot_id)
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return self._spec.open_plan(self._catalogue)
+
+    @cached_property
+    def slides(self) -> SlidePool:
+        """The slides that are read."""
+        spec = self._spec
+        return SlidePool(
+            self._catalogue, Locations(self._catalogue), spec.cache_folder, spec.cache_bytes, spec.open_tile_cache()
+        )
 
     def __call__(self, row: pa.Table) -> pa.Table:
         """Read one chapter; padding becomes a block without tiles.
 
         Raises:
-            SlideError: A slide cannot be opened or read.
             StorageError: The objects of a slide cannot be fetched.
             SlideIndexError: The index cannot be read.
+            PlanError: No attempt at a sample gives a tile.
         """
         chapter = Chapter.from_row(row)
-        if chapter.replica is None:
-            return chapter.to_block(np.empty(0, np.int64), np.empty(0, np.uint8))
-        spec = self._plan.spec
-        planned = [self._plan.micro_batch(step, chapter.replica) for step in chapter.steps]
-        side_px = spec.region_px
-        tiles = np.empty((len(planned), spec.tiles_per_micro_batch, side_px, side_px, 3), np.uint8)
-        for turn, i in _by_slide(planned):
-            m = planned[turn]
-            slide_id = self._plan.slide_ids[m.slides[i]]
-            tiles[turn, i] = self._slides.read(slide_id, float(m.x_px0[i]), float(m.y_px0[i]), side_px, float(m.mpp[i]))
-        return chapter.to_block(np.stack([m.sample_ids for m in planned]), tiles)
+        tiles = ChapterTiles.padding() if chapter.replica is None else self.read(chapter, chapter.replica)
+        return tiles.to_block(chapter)
+
+    def read(self, chapter: Chapter, replica: int) -> ChapterTiles:
+        """The tiles of one replica's chapter; errors as those of a call."""
+        with self._planning:
+            plan = self._plan.chapter(replica, chapter.first_step, chapter.last_step)
+            slides = self.slides
+        side_px = self._spec.plan.region_px
+        tiles = np.empty((*plan.sample_ids.shape, side_px, side_px, 3), np.uint8)
+        rows, mpp = plan.rows.copy(), plan.mpp.copy()
+        faults: list[Fault] = []
+        wanted = _all_of(plan, side_px)
+        while wanted:
+            visits = [list(visit) for _, visit in groupby(sorted(wanted, key=_visit_order), key=_visit)]
+            begun = [slides.begin(visit[0].row, [tile.region for tile in visit]) for visit in visits]
+            wanted = []
+            for visit, outcomes in zip(visits, begun, strict=True):
+                for tile, outcome in zip(visit, outcomes(), strict=True):
+                    refusal = self._refusal(outcome, tile)
+                    if refusal is None:
+                        tiles[tile.at], rows[tile.at], mpp[tile.at] = outcome, tile.row, tile.region.mpp
+                    else:
+                        faults.append(self._fault(tile, refusal))
+                        wanted.append(self._next_attempt(tile))
+        faults.sort(key=lambda fault: (fault.sample_id, fault.attempt))
+        return ChapterTiles(plan.sample_ids, rows, mpp, tiles, faults)
+
+    def _refusal(self, outcome: Outcome, tile: _Wanted) -> Refusal | None:
+        if isinstance(outcome, Refusal):
+            return outcome
+        reason = tile_fault(outcome, tile.region.mpp, self._spec.check)
+        return None if reason is None else Refusal(reason, whole_slide=False)
+
+    def _fault(self, tile: _Wanted, refusal: Refusal) -> Fault:
+        slide_id = self._catalogue.slide_id(tile.row)
+        return Fault(tile.sample_id, tile.attempt, slide_id, refusal.reason, refusal.whole_slide)
+
+    def _next_attempt(self, tile: _Wanted) -> _Wanted:
+        with self._planning:
+            found = self._plan.tile(tile.sample_id, tile.attempt + 1)
+        region = Region(found.x_px0, found.y_px0, tile.region.side_px, found.mpp)
+        return _Wanted(tile.at, tile.sample_id, found.attempt, found.row, region)
 
 
-def _by_slide(planned: list[MicroBatchPlan]) -> list[tuple[int, int]]:
-    """(step of the chapter, position) of all tiles, those of one slide and scale together and from top to bottom."""
-    order = [
-        (int(m.slides[i]), float(m.mpp[i]), float(m.y_px0[i]), float(m.x_px0[i]), turn, i)
-        for turn, m in enumerate(planned)
-        for i in range(len(m.slides))
+def _all_of(plan: ChapterPlan, side_px: int) -> list[_Wanted]:
+    columns = (plan.sample_ids, plan.attempts, plan.rows, plan.x_px0, plan.y_px0, plan.mpp)
+    values: Iterator[tuple[int, int, int, float, float, float]] = zip(
+        *(column.reshape(-1).tolist() for column in columns), strict=True
+    )
+    places = np.ndindex(*plan.sample_ids.shape)
+    return [
+        _Wanted((step, i), sample_id, attempt, row, Region(x_px0, y_px0, side_px, mpp))
+        for (step, i), (sample_id, attempt, row, x_px0, y_px0, mpp) in zip(places, values, strict=True)
     ]
-    return [entry[-2:] for entry in sorted(order)]
+
+
+def _visit(tile: _Wanted) -> tuple[int, float]:
+    """Tiles of one slide at one scale are fetched together."""
+    return tile.row, tile.region.mpp
+
+
+def _visit_order(tile: _Wanted) -> tuple[int, float, float, float, int]:
+    return tile.row, tile.region.mpp, tile.region.y_px0, tile.region.x_px0, tile.sample_id

@@ -24,6 +24,7 @@ from histoscale.config.recipe import Recipe
 from histoscale.errors import TrainingError
 from histoscale.objectives import dino_loss, ibot_loss, kde_loss, sinkhorn
 from histoscale.seeding import key
+from histoscale.stream.faults import Fault
 from histoscale.train.engine import StudentEngine
 from histoscale.train.schedules import schedules_at
 from histoscale.train.teacher import EMATeacher
@@ -43,6 +44,10 @@ class MicroBatch(Protocol):
     @property
     def tiles(self) -> NDArray[np.uint8]:
         """[b, R, R, 3]."""
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """Attempts at these samples that the content refused."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from histoscale.checkpoint.fragments import (
     parameter_shapes,
     refresh_parameters,
 )
-from histoscale.checkpoint.ledger import Run, runs_of
+from histoscale.checkpoint.ledger import StepRecord, runs_of
 from histoscale.checkpoint.manifest import Commit
 from histoscale.checkpoint.reader import discard_after, latest_commit, load_into, require_recipe
 from histoscale.checkpoint.writer import Snapshot, write_checkpoint
@@ -58,7 +58,7 @@ class Trainer:
         self._shapes = parameter_shapes(student.deepspeed)
         self._next_step = 0
         self._last_commit: Commit | None = None
-        self._samples: list[tuple[int, list[Run]]] = []
+        self._records: list[StepRecord] = []
 
     def resume(self) -> int:
         """Load the newest commit, if there is one; returns the step to go on with.
@@ -85,8 +85,9 @@ class Trainer:
         if step != self._next_step:
             raise TrainingError("a step is out of order", value=step, expected=f"step {self._next_step}")
         metrics = self._train_step.run(step, micro_batches, stop_requested)
-        used = [batch.sample_ids for batch in micro_batches if batch is not None]
-        self._samples.append((step, runs_of(int(sample_id) for ids in used for sample_id in ids)))
+        used = [batch for batch in micro_batches if batch is not None]
+        runs = runs_of(int(sample_id) for batch in used for sample_id in batch.sample_ids)
+        self._records.append(StepRecord(step, tuple(runs), tuple(fault for batch in used for fault in batch.faults)))
         self._next_step = step + 1
         return metrics
 
@@ -105,7 +106,7 @@ class Trainer:
             )
         if self._last_commit is None or self._last_commit.step != step:
             self._last_commit = write_checkpoint(self._store, self._snapshot(step), self._recipe.checkpoint.keep_last)
-            self._samples.clear()
+            self._records.clear()
         return self._last_commit
 
     def _newest_commit(self) -> Commit | None:
@@ -134,7 +135,8 @@ class Trainer:
             fingerprint=fingerprint(self._recipe),
             fragments=self._state(),
             shapes=self._shapes,
-            samples=self._samples,
+            records=self._records,
+            quarantine=self._last_commit.quarantine if self._last_commit else (),
             written_by={
                 "workers": str(dist.get_world_size()),
                 "zero_stage": str(self._recipe.cluster.zero_stage),
