@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import math
@@ -91,7 +92,9 @@ def test_masks_are_stored_as_packed_bits(store: Store) -> None:
     write_index(store, make_index([large], []), {large.slide_id: location(0)})
     (part,) = read_snapshot(store).parts("slides")
     table = pq.read_table(io.BytesIO(store.get(part.key)))
-    assert len(zlib.decompress(table["mask"][0].as_py())) == math.ceil(333 * 1001 / 8)
+    bits = zlib.decompress(table["mask"][0].as_py())
+    assert len(bits) == math.ceil(333 * 1001 / 8)
+    assert table["mask_sha256"][0].as_py() == hashlib.sha256(bits).hexdigest()
     assert same(read_index(store).records[0], large)
 
 

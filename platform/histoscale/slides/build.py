@@ -210,12 +210,16 @@ def _outcomes(
             fn_constructor_args=(ray.put(dict(wave)), pictured, cache_bytes),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=len(wave)),
+            # One slide at a time: one that kills its reader, or takes long, must not take others with it.
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=len(wave), max_tasks_in_flight_per_actor=1),
             num_cpus=1,
             max_restarts=-1,
             max_task_retries=_TRIES - 1,
         )
-    tables: Iterator[pa.Table] = iter(outcomes.iter_batches(batch_size=None, batch_format="pyarrow"))
+    # Prefetching would hold an outcome back until the next one comes, and a kill would lose it.
+    tables: Iterator[pa.Table] = iter(
+        outcomes.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    )
     for table in tables:
         yield from table.to_pylist()
 

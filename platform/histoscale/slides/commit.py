@@ -35,7 +35,6 @@ from histoscale.slides.records import (
     SlideLocation,
     kind_of,
     location_to_row,
-    unpack_mask,
 )
 from histoscale.slides.snapshot import (
     CATALOGUE,
@@ -59,7 +58,7 @@ from histoscale.slides.tables import write_table
 from histoscale.storage import Store
 
 REFUSALS_PER_PART = 65536
-_NOT_RECORDS = ("fingerprint", "picture", "duplicate_of")
+_NOT_RECORDS = ("fingerprint", "mask", "picture", "duplicate_of")
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,6 @@ class RecordsHash:
     def add(self, row: Mapping[str, Any]) -> None:
         """Take the next row of `SLIDES_SCHEMA`, in the order of the slide ids."""
         content = {name: row[name] for name in SLIDES_SCHEMA.names if name not in _NOT_RECORDS}
-        # The bits, for another version of zlib packs them otherwise.
-        mask = unpack_mask(row["mask"], row["mask_rows"], row["mask_columns"])
-        content["mask"] = hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()
         content["layout"] = hashlib.sha256(row["layout"]).hexdigest()
         self._hash.update(json.dumps(content, sort_keys=True).encode())
 

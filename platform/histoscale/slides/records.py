@@ -4,6 +4,7 @@ A slide is known by its `slide_id`. Where it lies is in `SlideLocation`, which g
 part of the index; neither its `repr` nor any other text of this module shows a location.
 """
 
+import hashlib
 import json
 import re
 import zlib
@@ -29,6 +30,7 @@ EXAMINED_SCHEMA = pa.schema(
         ("size_bytes", pa.int64()),
         ("level_downsamples", pa.list_(pa.float64())),
         ("mask", pa.binary()),
+        ("mask_sha256", pa.string()),
         ("mask_rows", pa.int64()),
         ("mask_columns", pa.int64()),
         ("mask_px0", pa.float64()),
@@ -41,7 +43,8 @@ EXAMINED_SCHEMA = pa.schema(
 )
 """What the examination of a slide finds: a function of its bytes and the scale given for it.
 
-`mask` holds zlib-packed bits, `fingerprint` a keyed hash of what was examined: object names, ETags, sizes, scale.
+`mask` holds zlib-packed bits, `mask_sha256` the hash of the bits, `fingerprint` a keyed hash of what was examined:
+object names, ETags, sizes and the scale that the user gives.
 """
 
 SLIDES_SCHEMA = (
@@ -63,7 +66,16 @@ LOCATIONS_SCHEMA = pa.schema(
     ]
 )
 _MET = re.compile(r" ?\(got (?:'[^']*'|\"[^\"]*\"|[^;()]*)(?:\)|(; ))")
-_PACKED = ("fingerprint", "mask", "mask_rows", "mask_columns", "tissue_px", "level_downsamples", "strata")
+_PACKED = (
+    "fingerprint",
+    "mask",
+    "mask_sha256",
+    "mask_rows",
+    "mask_columns",
+    "tissue_px",
+    "level_downsamples",
+    "strata",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +212,8 @@ def record_to_row(record: SlideRecord) -> dict[str, Any]:
         "fingerprint": None,
         "level_downsamples": list(record.level_downsamples),
         "mask": pack_mask(record.mask),
+        # Of the bits, for another version of zlib packs them otherwise.
+        "mask_sha256": hashlib.sha256(np.packbits(record.mask).tobytes()).hexdigest(),
         "mask_rows": rows,
         "mask_columns": columns,
         "tissue_px": int(record.mask.sum()),
