@@ -51,3 +51,18 @@ def test_a_cluster_that_stays_too_small_is_a_diagnosis(monkeypatch: pytest.Monke
     FakeCluster(monkeypatch, {"CPU": 4.0})
     with pytest.raises(ClusterError, match=r"too small.*7 CPU missing.*11 CPU"):
         wait_for_resources(CLUSTER, "cpu", lambda line: None, poll_s=0.01)
+
+
+def test_readers_go_first_where_the_trainers_gpus_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    label = "ray.io/accelerator-type"
+    nodes = [
+        {"Alive": True, "Labels": {label: "H100"}},
+        {"Alive": True, "Labels": {label: "A100"}},
+        {"Alive": False, "Labels": {label: "T4"}},
+        {"Alive": True, "Labels": {}},
+    ]
+    monkeypatch.setattr(resources.ray, "nodes", lambda: nodes)
+    assert resources.trainer_nodes("cuda") == {label: "in(A100,H100)"}
+    assert resources.trainer_nodes("cpu") == {}
+    monkeypatch.setattr(resources.ray, "nodes", lambda: nodes[2:])
+    assert resources.trainer_nodes("cuda") == {}

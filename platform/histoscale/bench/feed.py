@@ -33,6 +33,7 @@ _MEASURED_BLOCKS = 600
 _SOAK_BLOCKS = 20_000
 _SOAK_WINDOW_BLOCKS = 4_000
 _READERS = 2
+_OBJECT_STORE_BYTES = 6 * 10**9  # 64 ranks that hold four blocks of 15 MB each
 _CONSUMERS = 2  # processes; their ranks are threads, for 64 processes do not fit on a small machine
 
 
@@ -74,7 +75,7 @@ class Dealt:
 
 def feed() -> Iterator[Figure]:
     """`feed.blocks_per_s` and `feed.tiles_per_s` to 2, 8 and 64 ranks, and the memory over 20,000 blocks."""
-    with local_ray(cpus=2 * _READERS + 3):
+    with local_ray(cpus=2 * _READERS + 3, object_store_bytes=_OBJECT_STORE_BYTES):
         for tiles_per_block in (32, 8):
             rates = {}
             for ranks in RANKS:
@@ -120,7 +121,9 @@ def _spec(tiles_per_block: int, ranks: int, blocks: int, window_blocks: int = 10
         min_tissue=0.5,
     )
     reader = ReaderSpec("", "", plan, {}, TileCheck(0.0, 0.0), Path("/nonexistent"), 0)
-    return FeedSpec(-(-blocks // replicas) * chapter_steps, reader, (_READERS, _READERS), window_blocks, BlankReader)
+    return FeedSpec(
+        -(-blocks // replicas) * chapter_steps, reader, (_READERS, _READERS), window_blocks, read_with=BlankReader
+    )
 
 
 def _ours(spec: FeedSpec, ranks: int) -> Dealt:

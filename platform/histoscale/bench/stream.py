@@ -1,8 +1,11 @@
 """From the S3 server to uint8 tiles in a training worker: what it costs, against OpenSlide on a local copy."""
 
+import multiprocessing
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 
 import numpy as np
 import openslide
@@ -25,13 +28,15 @@ from histoscale.stream.windows import FeedSpec, RankShare, start_feed
 _WARM_STEPS = 8
 _STEPS = 40  # of 64 tiles
 _WAIT_STEPS = 60
+_MEMORY_TILES = 20_000
 _STEP_OVER_READING = 2.5  # a training step takes this many times what one reader needs for its tiles
 
 
 def stream() -> Iterator[Figure]:
-    """`stream.throughput_ratio`, `stream.bytes_ratio`, `stream.requests_ratio`, `stream.data_wait_share`."""
+    """`stream.` and: `throughput_ratio`, `bytes_ratio`, `requests_ratio`, `data_wait_share`, `reader_peak_bytes`."""
     with large_archive() as archive:
         yield from _fetched(archive)
+        yield _peak_memory(archive)
         with local_ray(cpus=4):
             rate, cpu_ms, tiles = _through_the_feed(archive)
             openslide_ms, difference = _openslide_ms(archive)
@@ -44,6 +49,26 @@ def stream() -> Iterator[Figure]:
             }
             yield Figure("stream.throughput_ratio", openslide_ms / cpu_ms, "ratio", 1.0, details)
             yield _wait_share(archive, rate)
+
+
+def _peak_memory(archive: Archive) -> Figure:
+    """Resident memory of a reader's process at its most, over many tiles of all magnifications."""
+    context = multiprocessing.get_context("spawn")
+    received, sent = context.Pipe(duplex=False)
+    process = context.Process(target=_read_many, args=(archive.reader(), sent))
+    process.start()
+    peak_bytes, tiles = received.recv()
+    process.join()
+    return Figure("stream.reader_peak_bytes", peak_bytes, "bytes", details={"tiles": tiles})
+
+
+def _read_many(spec: ReaderSpec, sent: Connection) -> None:
+    reader, tiles = Reader(spec), 0
+    for number in range(_MEMORY_TILES // spec.plan.tiles_per_step // spec.plan.chapter_steps + 1):
+        for replica in range(spec.plan.replicas):
+            chapter = Chapter(number, replica, 4 * number, 4 * number + 3)
+            tiles += reader.read(chapter, replica).sample_ids.size
+    sent.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, tiles))
 
 
 def _through_the_feed(archive: Archive) -> tuple[float, float, int]:

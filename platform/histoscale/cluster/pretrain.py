@@ -21,7 +21,7 @@ from histoscale.cluster.control import ControlHandle, Progress, Wish, start_cont
 from histoscale.cluster.failures import ElasticTorchTrainer, diagnosis_in
 from histoscale.cluster.lease import Lease
 from histoscale.cluster.plan_lines import describe_plan
-from histoscale.cluster.resources import resolve_device, wait_for_resources, worker_resources
+from histoscale.cluster.resources import resolve_device, trainer_nodes, wait_for_resources, worker_resources
 from histoscale.cluster.run_folder import (
     DEFAULT_PRECISION,
     check_same_experiment,
@@ -126,7 +126,7 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
             recipe = resolve_precision(request.recipe, DEFAULT_PRECISION[device])
             start_run(store, recipe, request.index_uri, catalogue.snapshot_id)
         quarantine = commit.quarantine if commit else ()
-        feed = _feed(checked, recipe, start, quarantine)
+        feed = _feed(checked, recipe, start, quarantine, device)
         for line in describe_plan(checked.plan.report()):
             tell(line)
         tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
@@ -145,7 +145,9 @@ def _committed_step(store: Store) -> int:
     return commit.step if commit else 0
 
 
-def _feed(checked: CheckedRequest, recipe: Recipe, start: int, quarantine: tuple[Quarantined, ...]) -> FeedSpec:
+def _feed(
+    checked: CheckedRequest, recipe: Recipe, start: int, quarantine: tuple[Quarantined, ...], device: str
+) -> FeedSpec:
     """The feed from a committed step on; exclusions that came since the run last began open a plan segment."""
     index_uri = checked.request.index_uri
     withdrawn = {slide_id for one in read_exclusions(open_store(index_uri)) for slide_id in one.slide_ids}
@@ -161,7 +163,7 @@ def _feed(checked: CheckedRequest, recipe: Recipe, start: int, quarantine: tuple
         cache_bytes=int(recipe.cluster.slide_cache_gb * 1e9) // recipe.cluster.reader_bounds[1],
         tile_cache_bytes=int(recipe.cluster.tile_cache_gb * 1e9),
     )
-    return FeedSpec(recipe.steps, reader, recipe.cluster.reader_bounds)
+    return FeedSpec(recipe.steps, reader, recipe.cluster.reader_bounds, first_on=trainer_nodes(device))
 
 
 @dataclass(frozen=True)

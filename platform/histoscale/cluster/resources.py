@@ -4,6 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -13,6 +14,7 @@ from histoscale.errors import ClusterError
 from histoscale.stream.windows import PLANNER_CPUS
 
 _POLL_S = 2.0
+_ACCELERATOR_LABEL = "ray.io/accelerator-type"
 
 
 def resolve_device(cluster: ClusterSection) -> str:
@@ -25,6 +27,14 @@ def resolve_device(cluster: ClusterSection) -> str:
 def worker_resources(cluster: ClusterSection, device: str) -> dict[str, float]:
     """CPUs, and with CUDA the GPU, of one worker."""
     return {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if device == "cuda" else {})
+
+
+def trainer_nodes(device: str) -> dict[str, str]:
+    """Label selector of the nodes that the trainers are on: those with a GPU, by Ray's own label; empty on CPUs."""
+    if device != "cuda":
+        return {}
+    kinds = {node["Labels"].get(_ACCELERATOR_LABEL) for node in _nodes() if node["Alive"]} - {None}
+    return {_ACCELERATOR_LABEL: f"in({','.join(sorted(kinds))})"} if kinds else {}
 
 
 def needed_resources(cluster: ClusterSection, device: str) -> dict[str, float]:
@@ -61,6 +71,11 @@ def wait_for_resources(
         time.sleep(poll_s)
     if asked:
         request_resources(bundles=[])  # from here on the trainer and the stream ask for themselves
+
+
+def _nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes
 
 
 def _resources() -> dict[str, float]:

@@ -5,8 +5,8 @@ sixty million blocks. A window is opened while the one before still runs; its co
 let go of it, so that the last window of a long run finds the memory that the first one found.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -38,6 +38,7 @@ class FeedSpec:
         reader: What the readers read.
         readers: Least and largest number of reader actors, one CPU each.
         window_blocks: About how many blocks a window holds.
+        first_on: Label selector of the nodes that readers fill first, before they go to others; empty is anywhere.
         read_with: The class of the readers; benchmarks put one that costs nothing in its place.
     """
 
@@ -45,6 +46,7 @@ class FeedSpec:
     reader: ReaderSpec
     readers: tuple[int, int]
     window_blocks: int = WINDOW_BLOCKS
+    first_on: Mapping[str, str] = field(default_factory=dict)
     read_with: type[Any] = Reader
 
     @property
@@ -90,9 +92,16 @@ def open_window(spec: FeedSpec, workers: int, steps: range) -> list[DataIterator
                 enable_true_multi_threading=True,
             ),
             num_cpus=1,
+            **_placement(spec.first_on),
         )
         iterators: list[DataIterator] = blocks.streaming_split(workers, equal=True)
         return iterators
+
+
+def _placement(first_on: Mapping[str, str]) -> dict[str, Any]:
+    if not first_on:
+        return {}
+    return {"label_selector": dict(first_on), "fallback_strategy": [{"label_selector": {}}]}
 
 
 class FeedMaster:
