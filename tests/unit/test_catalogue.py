@@ -9,7 +9,7 @@ import pytest
 
 from histoscale.errors import SlideIndexError
 from histoscale.slides import catalogue as module
-from histoscale.slides.catalogue import CATALOGUE_DTYPE, Catalogue, Locations, open_catalogue, slide_info
+from histoscale.slides.catalogue import CATALOGUE_DTYPE, COPIED, Catalogue, Locations, open_catalogue, slide_info
 from histoscale.slides.index import make_index, write_index
 from histoscale.slides.layout import Level, SlideLayout, Table
 from histoscale.slides.records import SlideLocation, SlideRecord
@@ -96,6 +96,7 @@ def check(catalogue: Catalogue) -> None:
         assert entry["mask_um"] == pytest.approx(8.0)
         assert np.array_equal(catalogue.mask(row), expected.mask)
         assert catalogue.layout(row) == expected.layout
+        assert bool(entry["flags"] & COPIED) == (not expected.layout)
         assert tuple(catalogue.values[c][entry["strata"][c]] for c in range(2)) == expected.strata
         assert locations.location(row) == location(row)
 

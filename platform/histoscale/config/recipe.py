@@ -65,6 +65,8 @@ class DataSection(Section):
     temperature: Positive = 1.0  # 1: strata as large as in the archive; the larger, the more alike
     weights: dict[str, dict[str, NonNegative]] = {}  # column -> value -> factor; 0 leaves its slides out
     max_tiles_per_slide: Count | None = None  # of the whole run; what is cut goes to the other strata
+    resident_slides: Count = 64  # of a stratum and scale that are in use at once, where slides are read from copies
+    resident_visits: Count = 64  # to each of them before others take their place
 
     @model_validator(mode="after")
     def _scales_differ(self) -> Self:

@@ -6,7 +6,8 @@ magnification. Visits of a magnification are numbered through the whole run, and
 stratum, the patient, the slide, and to how often the slide was visited before.
 
 What cannot be drawn (a slide that is out, or has no place at this magnification) is drawn again as a spare of the
-same magnification and stratum, keyed by sample and attempt. So are samples that a reader finds unfit.
+same magnification and stratum, keyed by sample and attempt. So are samples that a reader finds unfit. Spares of slides
+that are read from copies come from those in use at the time, as long as these have any.
 """
 
 from collections import OrderedDict
@@ -27,6 +28,7 @@ from histoscale.seeding import key, permute_many, subkey, subkeys, uniforms
 from histoscale.units import describe_mpp
 
 MAX_ATTEMPTS = 32
+_ATTEMPTS_AT_RESIDENTS = 16
 
 _CACHED_PLACES = 1 << 23  # 32 MB of cell numbers
 _CACHED_SLIDES = 1 << 16  # many of them may have no place at all
@@ -113,7 +115,7 @@ class Plan:
         self._columns, self._values = tuple(columns), tuple(tuple(names) for names in values)
         self._mask_of = mask_of
         self._exclusions = dict(exclusions or {})
-        self._strata = find_strata(spec, self._rows["strata"], self._columns, self._values)
+        self._strata = find_strata(spec, self._rows, self._columns, self._values)
         self._supply = make_supply(spec, self._rows, self._strata)
         self._visitor = Visitor(spec, self._supply)
         self._coarsest_mpp = [scale.coarsest_mpp for scale in spec.magnifications]
@@ -251,13 +253,16 @@ class Plan:
 
     def _spare(self, sample_id: int, first_attempt: int, visits: Visits, visit: int) -> TilePlan:
         """The first spare of a sample that can be drawn: never a place of the grid."""
-        supply, step = self._supply, sample_id // self.spec.tiles_per_step
+        step = sample_id // self.spec.tiles_per_step
         q, pool = int(visits.q[visit]), int(visits.pool[visit])
+        stratum = self._supply.stratum[pool]
         sizes = visits.size[visit : visit + 1]
         for attempt in range(first_attempt, MAX_ATTEMPTS + 1):
             draws = uniforms(subkey(self._keys["spare"], sample_id), np.array([attempt]), 5)
-            patient = _pick(supply.patient_at, pool, draws[0, 0])
-            row = int(supply.rows[_pick(supply.slide_at, patient, draws[0, 1])])
+            if attempt <= _ATTEMPTS_AT_RESIDENTS and self._strata.copied[stratum]:
+                row = self._visitor.resident(visits, visit, draws[0, 0])
+            else:
+                row = self._any_row(pool, draws[0, 0], draws[0, 1])
             if self._exclusions.get(row, _NEVER) <= step:
                 continue
             found = self._places(row, q)
@@ -273,11 +278,15 @@ class Plan:
             return TilePlan(sample_id, attempt, row, mpp, float(moved_x[0]), float(moved_y[0]), -1 - sample_id)
         raise PlanError(
             f"no tile is left for a sample at {describe_mpp(float(visits.mpp[visit]))}",
-            value=f"{MAX_ATTEMPTS} attempts among {self._strata.names[supply.stratum[pool]]}",
+            value=f"{MAX_ATTEMPTS} attempts among {self._strata.names[stratum]}",
             expected=f"slides with regions of {self.spec.region_px} px that hold {self.spec.min_tissue:.0%} tissue",
             remedy="lower data.min_tissue, give this stratum a weight of 0 in data.weights, or look at why its slides "
             "are refused",
         )
+
+    def _any_row(self, pool: int, patient_draw: float, slide_draw: float) -> int:
+        patient = _pick(self._supply.patient_at, pool, patient_draw)
+        return int(self._supply.rows[_pick(self._supply.slide_at, patient, slide_draw)])
 
     def _out_from(self, rows_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """First step at which each of these slides is out."""

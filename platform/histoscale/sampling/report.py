@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,7 +26,8 @@ class StratumReport:
         slides: Slides that serve it.
         tiles: Tiles of the run.
         tiles_per_slide: Mean over the slides; of these, each place is drawn once before any comes again.
-        most_tiles_per_slide: Of a slide of the patient with the fewest: patients are visited alike.
+        most_tiles_per_slide: Of a slide of the patient with the fewest: patients are visited alike. Copied slides give
+            the tiles of whole stays, so that a short run takes none from many of them.
     """
 
     name: str
@@ -86,21 +88,24 @@ def make_report(
     for q, scale in enumerate(spec.magnifications):
         share = scale.share / total
         tiles = spec.tiles * share
-        pools = _pools(int(supply.table_of[q]), tiles, strata, supply)
+        pools = _pools(int(supply.table_of[q]), tiles, strata, supply, spec.tiles_per_visit)
         slides = sum(pool.slides for pool in pools)
         found.append(MagnificationReport(scale.finest_mpp, scale.coarsest_mpp, share, slides, tiles, pools))
     return PlanReport(tuple(found), _serves(spec, rows, columns, values))
 
 
-def _pools(table: int, tiles: float, strata: Strata, supply: Supply) -> tuple[StratumReport, ...]:
+def _pools(table: int, tiles: float, strata: Strata, supply: Supply, turns: int) -> tuple[StratumReport, ...]:
     found = []
     for pool in range(supply.pool_at[table], supply.pool_at[table + 1]):
         ends = supply.slide_at[supply.patient_at[pool] : supply.patient_at[pool + 1] + 1]
         patients, slides, fewest = len(ends) - 1, int(ends[-1] - ends[0]), int(np.diff(ends).min())
         share = float(supply.slots[pool] / (supply.cycle_mask[table] + 1))
         own = tiles * share
-        name = strata.names[supply.stratum[pool]]
-        found.append(StratumReport(name, share, patients, slides, own, own / slides, own / patients / fewest))
+        stratum, most = supply.stratum[pool], own / patients / fewest
+        if strata.copied[stratum]:
+            stay_tiles = float(supply.stay[pool] * turns)
+            most = min(own, math.ceil(most / stay_tiles) * stay_tiles)
+        found.append(StratumReport(strata.names[stratum], share, patients, slides, own, own / slides, most))
     return tuple(found)
 
 

@@ -47,6 +47,9 @@ class PlanSpec:
         temperature: A stratum of n slides weighs n ** (1 / temperature).
         weights: Column of `balance` -> value -> what a stratum's weight is multiplied by (1 where absent).
         max_tiles_per_slide: Most tiles that the run may be expected to take from one slide; None is no limit.
+        resident_slides: S, the slides of a stratum and magnification that visits go to in turn, where slides are read
+            from copies.
+        resident_visits: R, the visits to each of them before others take their place.
     """
 
     seed: int
@@ -63,6 +66,8 @@ class PlanSpec:
     temperature: float = 1.0
     weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     max_tiles_per_slide: int | None = None
+    resident_slides: int = 64
+    resident_visits: int = 64
 
     def __post_init__(self) -> None:
         for name, whole, part in (
@@ -73,6 +78,12 @@ class PlanSpec:
                 raise PlanError(name, value=f"{part} and {whole}", expected="a divisor of 1 or more")
         if not self.mix or min(share for _, share in self.mix) <= 0.0:
             raise PlanError("every magnification of the mix needs a positive share", value=self.mix)
+        if min(self.resident_slides, self.resident_visits) < 1:
+            raise PlanError(
+                "a stratum needs a resident slide and a visit to it",
+                value=f"{self.resident_slides} slides, {self.resident_visits} visits",
+                expected="1 or more of each",
+            )
         if foreign := sorted(set(self.weights) - set(self.balance)):
             raise PlanError(
                 "weights are given for columns that are not balanced",
@@ -117,4 +128,6 @@ class PlanSpec:
             temperature=data.temperature,
             weights=data.weights,
             max_tiles_per_slide=data.max_tiles_per_slide,
+            resident_slides=data.resident_slides,
+            resident_visits=data.resident_visits,
         )

@@ -14,24 +14,31 @@ from histoscale.sampling.spec import PlanSpec
 from histoscale.seeding import key, uniforms
 from histoscale.units import describe_mpp
 
+COPIED = 4
+"""Bit of a row's `flags`: the slide cannot be read in place, a copy of the whole of it is."""
+
 _LEAST_SHARE = 1e-12  # of the largest
 
 
 @dataclass(frozen=True)
 class Strata:
-    """The strata of an archive.
+    """The strata of an archive. Slides that are read from copies are strata of their own beside the others like them.
 
     Attributes:
         of_row: int32 [N], the stratum of each row.
         codes: uint32 [S, C], codes of each stratum in the C columns of `spec.balance`.
         weights: float64 [S], the product of the recipe's weights; 0 leaves a stratum out.
-        names: How to call each stratum, such as `site=A, stain=H&E`.
+        names: How to call each stratum, such as `site=A, stain=H&E`, or `site=A, stain=H&E, copied`.
+        whole: int32 [S], equal for the strata that the recipe takes for one.
+        copied: bool [S], whether its slides are read from copies.
     """
 
     of_row: NDArray[np.int32]
     codes: NDArray[np.uint32]
     weights: NDArray[np.float64]
     names: tuple[str, ...]
+    whole: NDArray[np.int32]
+    copied: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Supply:
         pool_at: int64 [E + 1], first pool of each table.
         slots: int64 [K], slots of each pool.
         stratum: int32 [K], the stratum of each pool.
+        stay: int64 [K], visits to a slide in each of its stays: 1, but for copied slides.
+        block: int64 [K], from each multiple of this number on, that many stays in a row are at different slides.
         patient_at: int64 [K + 1].
         slide_at: int32 [P + 1].
         rows: int32, rows of the catalogue.
@@ -65,26 +74,27 @@ class Supply:
     pool_at: NDArray[np.int64]
     slots: NDArray[np.int64]
     stratum: NDArray[np.int32]
+    stay: NDArray[np.int64]
+    block: NDArray[np.int64]
     patient_at: NDArray[np.int64]
     slide_at: NDArray[np.int32]
     rows: NDArray[np.int32]
 
 
-def find_strata(
-    spec: PlanSpec, codes_NC: NDArray[np.uint32], columns: Sequence[str], values: Sequence[Sequence[str]]
-) -> Strata:
+def find_strata(spec: PlanSpec, rows: NDArray[Any], columns: Sequence[str], values: Sequence[Sequence[str]]) -> Strata:
     """The strata of all rows.
 
     Args:
         spec: Which columns make the strata, and the weights.
-        codes_NC: Code of each row in each column of the catalogue.
+        rows: Structured array with the fields `strata` and `flags` of the catalogue.
         columns: Names of the columns.
         values: What the codes of each column stand for.
 
     Raises:
         PlanError: An unknown column or value, or far too many strata.
     """
-    of_row = np.zeros(len(codes_NC), np.int64)
+    codes_NC = rows["strata"]
+    of_row = np.zeros(len(rows), np.int64)
     codes_SC = np.zeros((1, 0), np.uint32)
     weights_S = np.ones(1)
     for name in spec.balance:
@@ -110,7 +120,11 @@ def find_strata(
         codes_SC = np.concatenate([codes_SC[before], codes[:, None]], axis=1)
         weights_S = weights_S[before] * by_value[codes]
     names = tuple(_name(spec.balance, stratum, columns, values) for stratum in codes_SC.tolist())
-    return Strata(of_row.astype(np.int32), codes_SC, weights_S, names)
+    copied_N = (rows["flags"] & COPIED) != 0
+    found, of_row = np.unique(of_row * 2 + copied_N, return_inverse=True)
+    whole, copied = found // 2, found % 2 == 1
+    names = tuple(names[stratum] + ", copied" * apart for stratum, apart in zip(whole, copied.tolist(), strict=True))
+    return Strata(of_row.astype(np.int32), codes_SC[whole], weights_S[whole], names, whole.astype(np.int32), copied)
 
 
 def _weights(spec: PlanSpec, name: str, values: Sequence[str]) -> NDArray[np.float64]:
@@ -133,7 +147,13 @@ def _name(balance: Sequence[str], codes: list[int], columns: Sequence[str], valu
 class _Table:
     """One table: the slides up to some scale, sorted by stratum, patient and row."""
 
-    def __init__(self, rows: NDArray[np.int32], strata: NDArray[np.int32], patients: NDArray[np.uint32]) -> None:
+    def __init__(
+        self,
+        rows: NDArray[np.int32],
+        strata: NDArray[np.int32],
+        patients: NDArray[np.uint32],
+        whole_S: NDArray[np.int32],
+    ) -> None:
         new_pool = np.ones(len(rows), bool)
         new_pool[1:] = strata[1:] != strata[:-1]
         new_patient = new_pool.copy()
@@ -148,6 +168,27 @@ class _Table:
         # more often than one of that patient.
         patients_of_pool = np.diff(self.patient_at, append=len(self.slide_at))
         self.evened = patients_of_pool * np.minimum.reduceat(slides_of_patient, self.patient_at)
+        # A round visits each patient once. Rounds whose number divides that of every patient's slides lie within one
+        # turn of each patient through the slides.
+        self.block = patients_of_pool * np.gcd.reduceat(slides_of_patient, self.patient_at)
+        self.whole = whole_S[self.stratum]
+        self.part = self._parts(patients[self.slide_at], patients_of_pool, slides_of_patient)
+
+    def _parts(
+        self,
+        patients_P: NDArray[np.uint32],
+        patients_of_pool: NDArray[np.int64],
+        slides_of_patient: NDArray[np.int64],
+    ) -> NDArray[np.float64]:
+        """Part of each pool in its stratum of the recipe, whose patients weigh alike, and so the slides of each."""
+        if len(np.unique(self.whole)) == len(self.whole):
+            return np.ones(len(self.whole))
+        same_patient = (np.repeat(self.whole, patients_of_pool).astype(np.int64) << 32) | patients_P
+        which = np.unique(same_patient, return_inverse=True)[1]
+        weights_P = slides_of_patient / np.bincount(which, slides_of_patient)[which]
+        weights_K = np.bincount(np.repeat(np.arange(len(self.whole)), patients_of_pool), weights_P)
+        parts_K: NDArray[np.float64] = weights_K / np.bincount(self.whole, weights_K)[self.whole]
+        return parts_K
 
 
 def make_supply(spec: PlanSpec, rows: NDArray[Any], strata: Strata) -> Supply:
@@ -170,11 +211,11 @@ def make_supply(spec: PlanSpec, rows: NDArray[Any], strata: Strata) -> Supply:
         if not count:
             raise _nothing_serves(spec, scale.finest_mpp, slide_mpp)
         if count not in tables:
-            tables[count] = _Table(order[served], stratum_of[served], patient_of[served])
+            tables[count] = _Table(order[served], stratum_of[served], patient_of[served], strata.whole)
         counts.append(count)
     headroom = _headroom(spec, [tables[count] for count in counts])
     table_of = np.array([list(tables).index(count) for count in counts])
-    return _join(spec, list(tables.values()), table_of, strata.weights, headroom)
+    return _join(spec, list(tables.values()), table_of, strata, headroom)
 
 
 def _headroom(spec: PlanSpec, tables: Sequence[_Table]) -> float:
@@ -199,15 +240,13 @@ def _headroom(spec: PlanSpec, tables: Sequence[_Table]) -> float:
     return spec.max_tiles_per_slide / mean_tiles
 
 
-def _join(
-    spec: PlanSpec, tables: list[_Table], table_of: NDArray[np.int64], weights_S: NDArray[np.float64], headroom: float
-) -> Supply:
+def _join(spec: PlanSpec, tables: list[_Table], table_of: NDArray[np.int64], strata: Strata, headroom: float) -> Supply:
     pools = np.cumsum([0, *(len(table.stratum) for table in tables)])
     patients = np.cumsum([0, *(len(table.slide_at) for table in tables)])
     slides = np.cumsum([0, *(len(table.rows) for table in tables)])
     all_slots, patterns, ranks = [], [], []
     for table, first_pool in zip(tables, pools, strict=False):
-        shares = _shares(spec, table.slides, weights_S[table.stratum])
+        shares = _shares(spec, table, strata.weights)
         if np.isfinite(headroom):
             shares = capped(shares, headroom * table.evened / table.evened.sum())
         slots = whole_slots(shares)
@@ -217,6 +256,7 @@ def _join(
         patterns.append(pattern + np.int32(first_pool))
         ranks.append(rank)
     lengths = np.array([len(pattern) for pattern in patterns])
+    stratum = np.concatenate([table.stratum for table in tables])
     return Supply(
         table_of=table_of,
         cycle_at=np.cumsum(lengths) - lengths,
@@ -226,7 +266,9 @@ def _join(
         rank=np.concatenate(ranks),
         pool_at=pools,
         slots=np.concatenate(all_slots),
-        stratum=np.concatenate([table.stratum for table in tables]),
+        stratum=stratum,
+        stay=np.where(strata.copied[stratum], spec.resident_visits, 1),
+        block=np.concatenate([table.block for table in tables]),
         patient_at=np.append(
             np.concatenate([table.patient_at + first for table, first in zip(tables, patients, strict=False)]),
             patients[-1],
@@ -238,12 +280,15 @@ def _join(
     )
 
 
-def _shares(spec: PlanSpec, slides_S: NDArray[np.int64], weights_S: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shares of strata with this many slides; the smallest stay positive at any temperature."""
-    sizes_S = (slides_S / slides_S.max()) ** (1.0 / spec.temperature) * weights_S
-    sizes_S = np.maximum(sizes_S, _LEAST_SHARE * sizes_S.max())
-    shares_S: NDArray[np.float64] = sizes_S / sizes_S.sum()
-    return shares_S
+def _shares(spec: PlanSpec, table: _Table, weights_S: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Shares of the pools of a table; the smallest stay positive at any temperature."""
+    _, first, which = np.unique(table.whole, return_index=True, return_inverse=True)
+    slides_W = np.bincount(which, table.slides)
+    sizes_W = (slides_W / slides_W.max()) ** (1.0 / spec.temperature) * weights_S[table.stratum[first]]
+    sizes_W = np.maximum(sizes_W, _LEAST_SHARE * sizes_W.max())
+    shares_W = sizes_W / sizes_W.sum()
+    shares_K: NDArray[np.float64] = shares_W[which] * table.part
+    return shares_K
 
 
 def _nothing_serves(spec: PlanSpec, mpp: float, slide_mpp: NDArray[np.float64]) -> PlanError:

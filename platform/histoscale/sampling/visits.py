@@ -1,4 +1,8 @@
-"""Which slide each visit goes to, at which scale: from a visit's number alone, for many visits at once."""
+"""Which slide each visit goes to, at which scale: from a visit's number alone, for many visits at once.
+
+The visits to a slide come in stays. Where slides are read in place, a stay is one visit. A slide that is read from a
+copy stays for R visits, together with S - 1 others, so that one download serves them all.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +30,8 @@ class Visits:
         mpp: float64 [N], scale.
         size: float64 [N], side of a region in sides of the grid's squares.
         number: int64 [N], number of the visit in the run.
+        first_stay: int64 [N], the first of the stays that take place at the same time.
+        stays: int64 [N], how many these are, each at another slide.
     """
 
     q: NDArray[np.int64]
@@ -35,6 +41,8 @@ class Visits:
     mpp: NDArray[np.float64]
     size: NDArray[np.float64]
     number: NDArray[np.int64]
+    first_stay: NDArray[np.int64]
+    stays: NDArray[np.int64]
 
 
 class Visitor:
@@ -63,17 +71,48 @@ class Visitor:
         slot = supply.cycle_at[table] + (j & supply.cycle_mask[table])
         pool = supply.pattern[slot].astype(np.int64)
         turn = (j >> supply.cycle_bits[table]) * supply.slots[pool] + supply.rank[slot]
+        first_stay, stays, index, visit_of_stay = self._stays(pool, turn)
+        row, earlier_stays = self._slides(q, pool, first_stay + index)
+        earlier = earlier_stays * supply.stay[pool] + visit_of_stay
+        mpp = self._mpp(q, j)
+        size = mpp / self._coarsest_mpp[q]
+        return Visits(q, pool, row, earlier, mpp, size, number, first_stay, stays)
+
+    def resident(self, visits: Visits, visit: int, draw: float) -> int:
+        """Row of one of the slides that are in use together with that of a visit, all alike; `draw` in [0, 1)."""
+        one = slice(visit, visit + 1)
+        stay = visits.first_stay[one] + int(draw * int(visits.stays[visit]))
+        row, _ = self._slides(visits.q[one], visits.pool[one], stay)
+        return int(row[0])
+
+    def _stays(self, pool: NDArray[np.int64], turn: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        """First and number of the stays that a visit's is one of, its place among these, and its number within its own.
+
+        S stays take place at the same time, their visits in turn. A block's last ones are fewer: slides that are in
+        use at once are different ones, so that no slide is in its next stay before the last has ended.
+        """
+        supply, at_once = self._supply, self._spec.resident_slides
+        stay, block = supply.stay[pool], supply.block[pool]
+        number, within = np.divmod(turn, block * stay)
+        first = within // (at_once * stay) * at_once
+        stays = np.minimum(at_once, block - first)
+        visit_of_stay, index = np.divmod(within - first * stay, stays)
+        return number * block + first, stays, index, visit_of_stay
+
+    def _slides(
+        self, q: NDArray[np.int64], pool: NDArray[np.int64], stay: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Row of the slide that each stay is at, and how many stays at this magnification it had before."""
+        supply = self._supply
         first = supply.patient_at[pool]
         patients = supply.patient_at[pool + 1] - first
-        patient_round, index = np.divmod(turn, patients)
+        patient_round, index = np.divmod(stay, patients)
         patient = first + permute_many(subkeys(self._keys["patient"], q, pool, patient_round), index, patients)
         first = supply.slide_at[patient].astype(np.int64)
         slides = supply.slide_at[patient + 1] - first
         earlier, index = np.divmod(patient_round, slides)
         slide = first + permute_many(subkeys(self._keys["slide"], q, patient, earlier), index, slides)
-        mpp = self._mpp(q, j)
-        size = mpp / self._coarsest_mpp[q]
-        return Visits(q, pool, supply.rows[slide].astype(np.int64), earlier, mpp, size, number)
+        return supply.rows[slide].astype(np.int64), earlier
 
     def _slots(
         self, replica: int, group: int, slots: slice

@@ -55,8 +55,9 @@ CATALOGUE_DTYPE = np.dtype(
 per mask px. `patient`: code of the patient; a slide of an unknown one has a code of its own. `strata[c]`: place of the
 slide's value in `values[c]`. `record_at` and `location_at`: bytes from the start of records.bin and locations.bin."""
 
-DUPLICATE, MPP_CONFLICT = 1, 2
-"""Bits of `flags`: probably a copy or a rescan of another slide; two origins give different um/px."""
+DUPLICATE, MPP_CONFLICT, COPIED = 1, 2, 4
+"""Bits of `flags`: probably a copy or a rescan of another slide; two origins give different um/px; the slide has no
+layout and is read from a copy."""
 
 ORIGINS: tuple[MppOrigin, ...] = ("vendor", "tiff", "sidecar")
 ORIGIN_SHIFT = 8

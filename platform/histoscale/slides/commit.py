@@ -20,6 +20,7 @@ import pyarrow as pa
 from histoscale.errors import SlideIndexError
 from histoscale.slides.catalogue import (
     CATALOGUE_DTYPE,
+    COPIED,
     DUPLICATE,
     MPP_CONFLICT,
     ORIGIN_SHIFT,
@@ -278,6 +279,7 @@ class _Parts:
         entry["flags"] = (
             (DUPLICATE if row["duplicate_of"] else 0)
             | (MPP_CONFLICT if row["mpp_conflict"] is not None else 0)
+            | (0 if row["layout"] else COPIED)
             | ORIGINS.index(row["mpp_origin"]) << ORIGIN_SHIFT
         )
         self._records.write(record)
