@@ -28,7 +28,7 @@ from histoscale.stream.windows import FeedSpec, RankShare, start_feed
 RANKS = (2, 8, 64)
 TILES_PER_S_OF_A_GPU = {"ViT-S": 500.0, "ViT-L": 160.0, "ViT-H": 90.0, "ViT-G": 46.0}
 """Tiles per second of one H100 that public DINOv2 trainers reach or should: what a feed has to deliver."""
-_REPLICAS_OF_A_RANK = 2
+_REPLICAS_OF_A_RANK = 1
 _MEASURED_BLOCKS = 600
 _SOAK_BLOCKS = 20_000
 _SOAK_WINDOW_BLOCKS = 4_000
