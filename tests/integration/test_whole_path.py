@@ -83,7 +83,7 @@ def test_slides_to_export(head: LocalHead, place: Place) -> None:
 
     pretrain = ["python", "jobs/pretrain.py", "--index", place("index"), "--out", place("run")]
     text = run_to_the_end(head, [*pretrain, *TINY, *MIX, *SHORT])
-    assert "0.5 um/px: 3 slides serve it" in text
+    assert "0.5 um/px (20x): 50% of the tiles, 3 slides serve it" in text
     assert "complete: 8 steps" in text
     keys = [info.key for info in open_store(place("run")).list()]
     assert any(key.startswith("events/events.out.tfevents") for key in keys)
