@@ -326,7 +326,8 @@ def test_no_slide_is_named_when_all_are_gone(tmp_path: Path) -> None:
     assert NAME not in "".join(traceback.format_exception(caught.value))
 
 
-def test_readers_of_a_node_share_their_tiles(archive: Archive, tmp_path: Path) -> None:
+def test_readers_of_a_node_share_their_tiles(tmp_path: Path) -> None:
+    archive = make_archive(tmp_path / "archive", in_place=100)
     spec = replace(archive.reader, cache_folder=tmp_path, tile_cache_bytes=10**8)
     chapter = Chapter(0, 1, 0, 3)
     first, second = Reader(spec), Reader(spec)

@@ -1,5 +1,6 @@
-"""The bounded folder of local copies: eviction, pins, privacy, and what is left of it."""
+"""The bounded folder of local copies: eviction, pins, processes that share it, privacy, and what is left of it."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 
 from histoscale.errors import StorageError
 from histoscale.storage import ObjectInfo
-from histoscale.storage.cache import ObjectCache, local_name
+from histoscale.storage.cache import CacheFull, ObjectCache, local_name
 from histoscale.storage.local import LocalStore
 
 SIZE = 10
@@ -58,11 +59,12 @@ def cache(tmp_path: Path) -> ObjectCache:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in folder.rglob("*/*/*/*") if path.is_file())
 
 
-def own_folders(folder: Path) -> Sequence[Path]:
-    return sorted(folder.glob("cache-*"))
+def bytes_reserved(folder: Path) -> int:
+    """Of the sets that are there or on their way; unlike `bytes_on_disk`, while others come and go."""
+    return sum(int(name.split("-")[1]) for name in os.listdir(folder / "copies") if "-" in name)
 
 
 def test_the_set_last_leased_stays(
@@ -85,7 +87,7 @@ def test_a_leased_set_is_never_evicted(
         assert (folder / "0.svs").read_bytes() == b"a" * SIZE
         with (
             cache.lease(store, infos["d"], "d"),
-            pytest.raises(StorageError, match=r"full of files in use \(got '20 bytes in use, 10 more wanted'"),
+            pytest.raises(CacheFull, match=r"full of files in use \(got '20 bytes in use, 10 more wanted'"),
             cache.lease(store, infos["b"], "b"),
         ):
             pass
@@ -125,6 +127,21 @@ def test_files_of_this_machine_are_linked_and_count_nothing(tmp_path: Path) -> N
         assert (folder / "0.svs").read_bytes() == b"x" * 1000
     cache.close()
     assert store.get("S24-a.svs") == b"x" * 1000
+
+
+def test_a_file_of_this_machine_that_changed_after_it_was_linked_is_refused(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "slides", private=True)
+    store.put("S24-a.svs", b"x" * SIZE)
+    old = list(store.list())
+    first, second = ObjectCache(tmp_path / "cache", 1), ObjectCache(tmp_path / "cache", 1)
+    first.fetch(store, old, "a")
+    store.put("S24-a.svs", b"y" * (SIZE + 1))
+    with pytest.raises(StorageError, match="changed since it was listed"):
+        second.fetch(store, old, "a")
+    assert (second.fetch(store, list(store.list()), "a") / "0.svs").read_bytes() == b"y" * (SIZE + 1)
+    store.delete("S24-a.svs")
+    with pytest.raises(StorageError, match="does not exist"):
+        first.fetch(store, old, "a")
 
 
 @pytest.mark.parametrize("copied", [True, False])
@@ -199,7 +216,7 @@ def test_many_threads_keep_within_the_bound(store: RemoteFolder, tmp_path: Path)
             slot = "abcd"[(seed * 7 + turn * 3 + turn // 4) % 4]
             with cache.lease(store, infos[slot], slot) as folder:
                 assert (folder / "0.svs").read_bytes() == slot.encode() * SIZE
-                over.append(cache._used_bytes > 3 * SIZE)
+                over.append(bytes_reserved(tmp_path / "cache") > 3 * SIZE)
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(read, range(3)))
@@ -213,52 +230,211 @@ def test_a_folder_that_cannot_be_made_is_diagnosed(tmp_path: Path) -> None:
         ObjectCache(tmp_path / "file" / "cache", 1)
 
 
-def test_the_folder_goes_with_the_cache(
+def test_copies_go_with_the_last_cache_that_uses_their_folder(
     store: RemoteFolder, infos: dict[str, list[ObjectInfo]], tmp_path: Path
 ) -> None:
     closed, dropped = ObjectCache(tmp_path / "cache", SIZE), ObjectCache(tmp_path / "cache", SIZE)
-    closed.fetch(store, infos["a"], "a")
-    dropped.fetch(store, infos["a"], "a")
-    assert len(own_folders(tmp_path / "cache")) == 2
+    folder = closed.fetch(store, infos["a"], "a")
     closed.close()
     closed.close()
+    assert dropped.fetch(store, infos["a"], "a") == folder
+    assert store.downloads == ["S24-a.svs"]
     del dropped
     gc.collect()
-    assert own_folders(tmp_path / "cache") == []
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {".lock", "users"}
+    with pytest.raises(StorageError, match=r"the cache folder .* does not exist"):
+        closed.fetch(store, infos["a"], "a")
+    again = ObjectCache(tmp_path / "cache", SIZE)
+    assert again.fetch(store, infos["a"], "a").parent.name != folder.parent.name  # under another key
 
 
-def start_process(directory: Path, last_line: str) -> "subprocess.Popen[str]":
-    program = (
-        "import sys, pathlib\nfrom histoscale.storage.cache import ObjectCache\n"
-        "cache = ObjectCache(pathlib.Path(sys.argv[1]), 100)\n(cache._folder / 'copy').write_bytes(b'pixels')\n"
-        f"print('ready', flush=True)\n{last_line}\n"
-    )
-    return subprocess.Popen([sys.executable, "-c", program, str(directory)], stdout=subprocess.PIPE, text=True)
+def test_who_may_wait_for_room_gets_it_when_a_lease_ends(
+    store: RemoteFolder, infos: dict[str, list[ObjectInfo]], tmp_path: Path
+) -> None:
+    cache, other = ObjectCache(tmp_path / "cache", SIZE), ObjectCache(tmp_path / "cache", SIZE)
+    leased = threading.Event()
+
+    def hold() -> None:
+        with other.lease(store, infos["a"], "a"):
+            leased.set()
+            time.sleep(0.3)
+
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(hold)
+        leased.wait()
+        with pytest.raises(CacheFull):
+            cache.fetch(store, infos["b"], "b")
+        with cache.lease(store, infos["b"], "b", wait_s=60.0) as folder:
+            assert bytes_on_disk(tmp_path / "cache") == SIZE
+            assert (folder / "0.svs").read_bytes() == b"b" * SIZE
+        held.result()
+    with cache.lease(store, infos["a"], "a"), pytest.raises(CacheFull), other.lease(store, infos["b"], "b", wait_s=0.2):
+        pass
 
 
-def test_the_folder_goes_at_the_end_of_the_process(tmp_path: Path) -> None:
-    with start_process(tmp_path, "sys.exit(3)") as process:
-        assert process.wait() == 3
-    assert own_folders(tmp_path) == []
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from histoscale.storage.cache import ObjectCache
+from histoscale.storage.local import LocalStore
+
+class Marked(LocalStore):
+    def local_path(self, key):
+        return None
+
+    def download(self, key, path, etag=None):
+        with (root / "downloads").open("a") as file:
+            file.write(key[4] + "\\n")
+        if sys.argv[3] == "half":
+            path.with_name("half").write_bytes(b"half")
+            print("ready", flush=True)
+            time.sleep(600)
+        time.sleep(0.3)
+        super().download(key, path, etag)
+
+root = Path(sys.argv[1])
+store = Marked(root / "slides", private=True)
+infos = {info.key[4]: [info] for info in store.list()}
+cache = ObjectCache(root / "cache", 20)
+print("open", flush=True)
+sys.stdin.readline()
+with cache.lease(store, infos[sys.argv[2]], sys.argv[2]) as folder:
+    print((folder / "0.svs").read_text(), flush=True)
+    sys.stdin.readline()
+"""
 
 
-def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path: Path) -> None:
-    with start_process(tmp_path, "import time; time.sleep(600)") as process:
+@contextlib.contextmanager
+def started(root: Path, slot: str, how: str = "") -> Iterator["subprocess.Popen[str]"]:
+    """A process that opens the cache, waits for a line, leases a set, and ends with the next line."""
+    command = [sys.executable, "-c", PROGRAM, str(root), slot, how]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            living = own_folders(tmp_path)
-            mine = ObjectCache(tmp_path, 1)
-            assert living[0] in own_folders(tmp_path)
+            assert said(process) == "open"
+            yield process
         finally:
-            process.send_signal(signal.SIGKILL)
-    assert (living[0] / "copy").exists()
-    (tmp_path / "not-ours").mkdir()
-    again = ObjectCache(tmp_path, 1)
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "not-ours", mine._folder.name, again._folder.name}
+            process.kill()
 
 
-def test_a_forked_process_does_not_remove_the_folder(
+def said(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def tell(process: "subprocess.Popen[str]") -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def downloads(root: Path) -> str:
+    return (root / "downloads").read_text().replace("\n", "")
+
+
+@pytest.mark.usefixtures("store")
+def test_processes_share_one_download_and_the_last_one_removes_it(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(started(tmp_path, "a")) for _ in range(3)]
+        for process in processes:
+            tell(process)
+        assert [said(process) for process in processes] == ["a" * SIZE] * 3
+        assert downloads(tmp_path) == "a"
+        for process in processes:
+            assert bytes_on_disk(tmp_path / "cache") == SIZE
+            tell(process)
+            assert process.wait() == 0
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {".lock", "users"}
+
+
+def test_a_set_that_another_process_holds_stays_until_that_is_killed(
+    store: RemoteFolder, infos: dict[str, list[ObjectInfo]], tmp_path: Path
+) -> None:
+    cache = ObjectCache(tmp_path / "cache", 2 * SIZE)
+    with started(tmp_path, "a") as process:
+        tell(process)
+        assert said(process) == "a" * SIZE
+        for slot in "bcb":
+            cache.fetch(store, infos[slot], slot)
+        with cache.lease(store, infos["b"], "b"), pytest.raises(CacheFull, match="20 bytes in use, 10 more"):
+            cache.fetch(store, infos["c"], "c")
+        assert bytes_on_disk(tmp_path / "cache") == 2 * SIZE
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with cache.lease(store, infos["b"], "b"):
+            cache.fetch(store, infos["c"], "c")
+    cache.fetch(store, infos["a"], "a")
+    assert (store.downloads, downloads(tmp_path)) == ([f"S24-{name}.svs" for name in "bcbca"], "a")
+
+
+def test_a_process_that_is_killed_while_it_fills_leaves_nothing_half(
+    store: RemoteFolder, infos: dict[str, list[ObjectInfo]], tmp_path: Path
+) -> None:
+    cache = ObjectCache(tmp_path / "cache", 2 * SIZE)
+    with started(tmp_path, "a", "half") as process, ThreadPoolExecutor(2) as pool:
+        tell(process)
+        assert said(process) == "ready"
+        waiting = [pool.submit(cache.fetch, store, infos["a"], "a") for _ in range(2)]
+        time.sleep(0.2)
+        assert not any(each.done() for each in waiting)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert [(each.result() / "0.svs").read_bytes() for each in waiting] == [b"a" * SIZE] * 2
+    assert store.downloads == ["S24-a.svs"]
+    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()].count("half") == 0
+
+
+def test_what_a_killed_fill_left_counts_and_makes_room(
+    store: RemoteFolder, infos: dict[str, list[ObjectInfo]], tmp_path: Path
+) -> None:
+    cache = ObjectCache(tmp_path / "cache", 2 * SIZE)
+    with started(tmp_path, "a", "half") as process:
+        tell(process)
+        assert said(process) == "ready"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    for slot in "bc":
+        cache.fetch(store, infos[slot], slot)
+    assert bytes_reserved(tmp_path / "cache") == bytes_on_disk(tmp_path / "cache") == 2 * SIZE
+
+
+@pytest.mark.usefixtures("store")
+def test_what_killed_processes_left_goes_when_the_next_one_comes_alone(tmp_path: Path) -> None:
+    (tmp_path / "cache" / "not-ours").mkdir(parents=True)
+    with started(tmp_path, "a") as holder, started(tmp_path, "b") as user:
+        tell(holder)
+        assert said(holder) == "a" * SIZE
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        ObjectCache(tmp_path / "cache", SIZE).close()
+        assert bytes_on_disk(tmp_path / "cache") == SIZE  # for the other one, who may want it
+        user.send_signal(signal.SIGKILL)
+        user.wait()
+    assert bytes_on_disk(tmp_path / "cache") == SIZE
+    mine = ObjectCache(tmp_path / "cache", SIZE)
+    assert bytes_on_disk(tmp_path / "cache") == 0
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {".lock", "users", "copies", "not-ours"}
+    mine.close()
+
+
+def test_processes_at_work_keep_the_bound_together(
+    store: RemoteFolder, infos: dict[str, list[ObjectInfo]], tmp_path: Path
+) -> None:
+    cache = ObjectCache(tmp_path / "cache", 2 * SIZE)
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(started(tmp_path, slot)) for slot in "ab"]
+        for process in processes:
+            tell(process)
+        assert {said(process) for process in processes} == {"a" * SIZE, "b" * SIZE}
+        with pytest.raises(CacheFull):
+            cache.fetch(store, infos["c"], "c")
+        assert cache.fetch(store, infos["a"], "a").exists()
+        tell(processes[0])
+        assert processes[0].wait() == 0
+        with cache.lease(store, infos["c"], "c", wait_s=60.0):
+            assert bytes_reserved(tmp_path / "cache") == 2 * SIZE
+
+
+def test_a_forked_process_does_not_remove_the_copies(
     cache: ObjectCache, store: RemoteFolder, infos: dict[str, list[ObjectInfo]]
 ) -> None:
     folder = cache.fetch(store, infos["a"], "a")

@@ -160,7 +160,7 @@ def _feed(
         out_from=out_from(segments, quarantine),
         check=TileCheck(recipe.data.min_tile_tissue, recipe.data.min_sharpness),
         cache_folder=Path(tempfile.gettempdir()) / "histoscale-slides",
-        cache_bytes=int(recipe.cluster.slide_cache_gb * 1e9) // recipe.cluster.reader_bounds[1],
+        cache_bytes=int(recipe.cluster.slide_cache_gb * 1e9),
         tile_cache_bytes=int(recipe.cluster.tile_cache_gb * 1e9),
     )
     return FeedSpec(recipe.steps, reader, recipe.cluster.reader_bounds, first_on=trainer_nodes(device))

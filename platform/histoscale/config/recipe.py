@@ -221,7 +221,7 @@ class ClusterSection(Section):
     zero_stage: Literal[1, 2, 3] = 2
     cpus_per_worker: Count = 1
     readers: Count | tuple[Count, Count] = 2  # a number, or the bounds between which Ray Data scales
-    slide_cache_gb: Positive = 50.0
+    slide_cache_gb: Positive = 50.0  # of a node, for copies of slides that all its readers share
     tile_cache_gb: NonNegative = 0.0  # of a node, for compressed tiles that all its readers share
     max_failures: Annotated[int, Field(ge=0)] = 5
     start_timeout_s: Positive = 600.0

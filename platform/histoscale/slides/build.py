@@ -81,7 +81,7 @@ def build_index(
         sidecar: A CSV `slide,mpp` and strata; by default `slides.csv` of `slides_uri`, where there is one.
         strata: A CSV `slide` and strata; wins over the sidecar.
         pattern: A regular expression on paths whose named groups are strata.
-        cache_bytes: Disk that a reader may use for its copy of a remote slide.
+        cache_bytes: Disk of a node for copies of remote slides, which its readers share.
         connect: Joins the cluster; called once the inputs are checked, and only where there are slides to examine.
         progress: Called after each slide.
 

@@ -16,7 +16,7 @@ from histoscale.slides.slide import Slide
 from histoscale.slides.table_cache import TableCache
 from histoscale.slides.tiled import open_tiled
 from histoscale.storage import open_store
-from histoscale.storage.cache import ObjectCache, local_name
+from histoscale.storage.cache import ROOM_WAIT_S, ObjectCache, local_name
 from histoscale.storage.ranges import RangeReader
 
 
@@ -38,8 +38,8 @@ def open_located(
         location: Where it lies.
         ranges: Bytes of the objects at the location's root.
         tables: Pages of offset tables.
-        copies: Node-local folder for a copy, which goes with the block.
-        copies_bytes: Disk that the copy may take.
+        copies: Node-local folder for copies, which goes when the last reader of the node leaves it.
+        copies_bytes: Disk of the node for copies.
 
     Raises:
         SlideError: The slide is damaged, of an unknown format or of no known scale.
@@ -51,10 +51,11 @@ def open_located(
             yield Opened(tiled, tiled.layout.to_bytes())
         return
     store = open_store(location.root_uri, private=True)
-    # A cache for one slide: no slide is read twice, and Ray ends its actors without a chance to clean up.
+    # Used for one slide at a time, so that copies go as often as no reader is at one: Ray ends its actors without a
+    # chance to clean up.
     with (
         contextlib.closing(ObjectCache(copies, copies_bytes)) as cache,
-        cache.lease(store, location.objects, "slide") as folder,
+        cache.lease(store, location.objects, "slide", wait_s=ROOM_WAIT_S) as folder,
         entry_file(location, folder) as file,
     ):
         if file.suffix.lower() == DICOM_SUFFIX:

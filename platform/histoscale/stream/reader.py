@@ -39,7 +39,7 @@ class ReaderSpec:
         out_from: Slide id -> first step at which the slide is out (withdrawn, or quarantined).
         check: What a tile must be to be trained on.
         cache_folder: A node-local folder for copies of slides that cannot be read in place.
-        cache_bytes: Disk that one reader's copies may take.
+        cache_bytes: Disk of a node for these copies, which its readers share.
         tile_cache_bytes: Disk of a node for compressed tiles that its processes share; 0 keeps none.
     """
 

@@ -7,7 +7,7 @@ says what is wrong without saying where.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 from histoscale.errors import SlideError
 from histoscale.slides.catalogue import Catalogue, Locations, slide_info
 from histoscale.slides.layout import SlideLayout
+from histoscale.slides.opening import entry_file
 from histoscale.slides.openslide_reader import open_slide
 from histoscale.slides.records import SlideLocation
 from histoscale.slides.slide import Slide
 from histoscale.slides.table_cache import TableCache
 from histoscale.slides.tile_fetch import PieceCache
 from histoscale.slides.tiled import Region, TiledSlide
-from histoscale.storage import is_remote, open_store
-from histoscale.storage.cache import ObjectCache, local_name
+from histoscale.storage import Store, is_remote, open_store
+from histoscale.storage.cache import ROOM_WAIT_S, ObjectCache
 from histoscale.storage.ranges import RangeReader, RangeStats, open_ranges
 from histoscale.storage.store import ObjectChanged
 
@@ -61,7 +62,7 @@ class SlidePool:
         catalogue: The slides.
         locations: Where they lie.
         cache_folder: Node-local folder for copies of slides that cannot be read in place.
-        cache_bytes: Disk that the copies may take.
+        cache_bytes: Disk that the copies of this node may take, which all its readers share.
         kept: Compressed tiles that were fetched on this node before, if they are kept.
     """
 
@@ -94,7 +95,7 @@ class SlidePool:
             layout = self._catalogue.layout(row)
             if not layout:
                 read = self._copies.begin(row, self._catalogue.slide_id(row), self._locations.location(row))
-                return lambda: self._finish(row, regions, lambda: [read(region) for region in regions], read)
+                return lambda: self._finish(row, regions, lambda: read(regions), lambda region: read([region])[0])
             slide = self._in_place(row, layout)
         pending = slide.begin(regions)
         return lambda: self._finish(row, regions, pending.result, lambda region: slide.begin([region]).result()[0])
@@ -151,64 +152,69 @@ class _CannotOpen(SlideError):
 
 
 @dataclass(frozen=True)
-class _Held:
-    """An open slide; `release` closes it and gives its copy up."""
+class _Open:
+    """An open slide and its file; `release` closes it."""
 
-    slide: "Future[Slide]"
-    copied_bytes: int
+    slide: Slide
+    file: Path
     release: ExitStack
 
 
 class _Copies:
-    """Slides that OpenSlide reads, on a bounded number of node-local copies, the least recently used closed first."""
+    """Slides that OpenSlide reads, on copies that all readers of the node share.
+
+    A copy is leased for a visit and not for as long as its slide is open: no reader may keep the others from room.
+    """
 
     def __init__(self, cache_folder: Path, cache_bytes: int) -> None:
         self._cache = ObjectCache(cache_folder, cache_bytes)
-        self._cache_bytes = cache_bytes
-        self._held: OrderedDict[int, _Held] = OrderedDict()
+        self._stores: dict[str, Store] = {}
+        self._open: OrderedDict[int, _Open] = OrderedDict()
         self._downloads = ThreadPoolExecutor(_DOWNLOADS_AT_ONCE, thread_name_prefix="slide-copy")
         self._reading = threading.Lock()  # an OpenSlide handle is replaced after a failed read
 
-    def begin(self, row: int, slide_id: str, location: SlideLocation) -> Callable[[Region], Pixels]:
-        """Start the copy of a slide, where it is not there yet; gives what reads a region of it."""
-        if row not in self._held:
-            copied_bytes = sum(info.size_bytes for info in location.objects) if is_remote(location.root_uri) else 0
-            self._make_room(copied_bytes)
-            release = ExitStack()
-            self._held[row] = _Held(
-                self._downloads.submit(self._open, slide_id, location, release), copied_bytes, release
-            )
-        self._held.move_to_end(row)
-        held = self._held[row]
+    def begin(self, row: int, slide_id: str, location: SlideLocation) -> Callable[[Sequence[Region]], list[Pixels]]:
+        """Start the copy of a slide, where it is not there yet; gives what reads regions of it."""
+        uri = location.root_uri
+        if uri not in self._stores:
+            self._stores[uri] = open_store(uri, private=True)
+        store = self._stores[uri]
+        # What fails ahead of time fails again, or not, when the visit asks for it.
+        ahead = self._downloads.submit(self._cache.fetch, store, location.objects, slide_id) if is_remote(uri) else None
 
-        def read(region: Region) -> Pixels:
-            slide = held.slide.result()
-            with self._reading:
-                return slide.read(region.x_px0, region.y_px0, region.side_px, region.mpp)
+        def read(regions: Sequence[Region]) -> list[Pixels]:
+            if ahead is not None:
+                ahead.cancel()
+            with (
+                self._cache.lease(store, location.objects, slide_id, wait_s=ROOM_WAIT_S) as folder,
+                self._reading,
+            ):
+                slide = self._slide(row, location, folder)
+                return [slide.read(region.x_px0, region.y_px0, region.side_px, region.mpp) for region in regions]
 
         return read
 
-    def _open(self, slide_id: str, location: SlideLocation, release: ExitStack) -> Slide:
-        """Open a slide on a copy, or on a link where its objects are files of this machine."""
-        store = open_store(location.root_uri, private=True)
-        with ExitStack() as stack:
-            folder = stack.enter_context(self._cache.lease(store, location.objects, slide_id))
-            try:
-                slide = open_slide(folder / local_name(0, location.objects[0].key), mpp=location.mpp_override)
-            except SlideError as error:
-                raise _CannotOpen(error.what, value=error.value, expected=error.expected) from None
-            except OSError as error:
-                raise _CannotOpen("slide cannot be read", value=error.strerror) from None  # the cause holds a name
-            stack.callback(slide.close)
-            release.push(stack.pop_all())
-            return slide
+    def _slide(self, row: int, location: SlideLocation, folder: Path) -> Slide:
+        """The open slide of a leased copy."""
+        for other in [other for other, held in self._open.items() if not held.file.exists()]:
+            self._open.pop(other).release.close()  # its copy was evicted; an open file would keep the disk full
+        if row not in self._open:
+            self._open[row] = _open(location, folder)
+            while len(self._open) > _OPEN_SLIDES:
+                self._open.popitem(last=False)[1].release.close()
+        self._open.move_to_end(row)
+        return self._open[row].slide
 
-    def _make_room(self, copied_bytes: int) -> None:
-        # The cache cannot evict the copy of an open slide.
-        used_bytes = sum(held.copied_bytes for held in self._held.values())
-        while self._held and (len(self._held) >= _OPEN_SLIDES or used_bytes + copied_bytes > self._cache_bytes):
-            _, oldest = self._held.popitem(last=False)
-            oldest.slide.exception()  # waits for a copy that is under way
-            with self._reading:
-                oldest.release.close()
-            used_bytes -= oldest.copied_bytes
+
+def _open(location: SlideLocation, folder: Path) -> _Open:
+    """Open a slide on a copy, or on links where its objects are files of this machine."""
+    with ExitStack() as stack:
+        file = stack.enter_context(entry_file(location, folder))
+        try:
+            slide = open_slide(file, mpp=location.mpp_override)
+        except SlideError as error:
+            raise _CannotOpen(error.what, value=error.value, expected=error.expected) from None
+        except OSError as error:
+            raise _CannotOpen("slide cannot be read", value=error.strerror) from None  # the cause holds a name
+        stack.callback(slide.close)
+        return _Open(slide, file, stack.pop_all())
