@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from histoscale.errors import SlideIndexError
+from histoscale.sampling.rows import ROW_DTYPE
 from histoscale.slides import catalogue as module
-from histoscale.slides.catalogue import CATALOGUE_DTYPE, COPIED, Catalogue, Locations, open_catalogue, slide_info
+from histoscale.slides.catalogue import COPIED, Catalogue, Locations, open_catalogue, slide_info
 from histoscale.slides.index import make_index, write_index
 from histoscale.slides.layout import Level, SlideLayout, Table
 from histoscale.slides.records import SlideLocation, SlideRecord
@@ -83,7 +84,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def check(catalogue: Catalogue) -> None:
-    assert catalogue.rows.dtype == CATALOGUE_DTYPE
+    assert catalogue.rows.dtype == ROW_DTYPE
     assert len(catalogue) == 4
     locations = Locations(catalogue)
     for row in range(4):

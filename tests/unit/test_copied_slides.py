@@ -14,9 +14,10 @@ from histoscale.config.recipe import DataSection, Recipe
 from histoscale.errors import PlanError
 from histoscale.sampling.places import find_places
 from histoscale.sampling.plan import Plan
+from histoscale.sampling.rows import ROW_DTYPE
 from histoscale.sampling.spec import PlanSpec
 from histoscale.sampling.supply import COPIED
-from histoscale.sampling.synthetic import ROW_DTYPE, make_archive
+from histoscale.sampling.synthetic import make_archive
 from histoscale.sampling.visits import Visits
 from histoscale.slides import catalogue
 

@@ -19,9 +19,9 @@ from histoscale.sampling.mixture import Mixture
 from histoscale.sampling.places import find_places
 from histoscale.sampling.plan import MAX_ATTEMPTS, ChapterPlan, Plan
 from histoscale.sampling.replicas import replicas_of
+from histoscale.sampling.rows import ROW_DTYPE
 from histoscale.sampling.shares import whole_slots
 from histoscale.sampling.spec import PlanSpec
-from histoscale.sampling.synthetic import ROW_DTYPE
 from histoscale.seeding import key, permute, subkey, uniforms
 
 SPEC = PlanSpec(

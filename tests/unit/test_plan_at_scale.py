@@ -15,7 +15,6 @@ from histoscale.config.recipe import Recipe
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
 from histoscale.sampling.synthetic import SyntheticArchive, make_archive
-from histoscale.slides.catalogue import CATALOGUE_DTYPE
 
 SLIDES = 200_000
 SPEC = replace(
@@ -30,10 +29,6 @@ def archive() -> SyntheticArchive:
 
 def make_plan(archive: SyntheticArchive, spec: PlanSpec = SPEC) -> Plan:
     return Plan(spec, archive.rows, archive.columns, archive.values, archive.mask)
-
-
-def test_synthetic_rows_are_those_of_a_catalogue(archive: SyntheticArchive) -> None:
-    assert archive.rows.dtype == CATALOGUE_DTYPE
 
 
 def test_a_plan_takes_bytes_for_each_slide_and_none_for_a_tile(archive: SyntheticArchive) -> None:

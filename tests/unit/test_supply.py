@@ -12,8 +12,9 @@ from histoscale.errors import PlanError
 from histoscale.sampling import supply as supply_module
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.report import MagnificationReport
+from histoscale.sampling.rows import ROW_DTYPE
 from histoscale.sampling.spec import PlanSpec
-from histoscale.sampling.synthetic import ROW_DTYPE, make_archive
+from histoscale.sampling.synthetic import make_archive
 
 SPEC = PlanSpec(
     seed=3,

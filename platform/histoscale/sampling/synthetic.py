@@ -11,27 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from histoscale.sampling.rows import ROW_DTYPE
 from histoscale.seeding import key, uniforms
-
-ROW_DTYPE = np.dtype(
-    [
-        ("slide_id", "S16"),
-        ("mpp", "<f8"),
-        ("width_px0", "<u4"),
-        ("height_px0", "<u4"),
-        ("mask_rows", "<u2"),
-        ("mask_columns", "<u2"),
-        ("mask_um", "<f4"),
-        ("patient", "<u4"),
-        ("strata", "<u4", (8,)),
-        ("record_at", "<u8"),
-        ("record_bytes", "<u4"),
-        ("location_at", "<u8"),
-        ("location_bytes", "<u4"),
-        ("flags", "<u4"),
-        ("size_bytes", "<u8"),
-    ]
-)
 
 _SITES, _TISSUES = 40, 17
 _SCAN_MPP = np.array([0.2525, 0.25, 0.2428, 0.499, 0.4654])

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histoscale.errors import SlideIndexError
+from histoscale.sampling.rows import ROW_DTYPE
 from histoscale.slides.layout import SlideLayout
 from histoscale.slides.records import SlideLocation, unpack_mask
 from histoscale.slides.slide import MppOrigin, SlideInfo
@@ -31,29 +32,6 @@ from histoscale.slides.snapshot import (
 from histoscale.slides.tables import torn
 from histoscale.storage import ObjectInfo, Store, open_store
 from histoscale.storage.local import diagnosed_files
-
-CATALOGUE_DTYPE = np.dtype(
-    [
-        ("slide_id", "S16"),
-        ("mpp", "<f8"),
-        ("width_px0", "<u4"),
-        ("height_px0", "<u4"),
-        ("mask_rows", "<u2"),
-        ("mask_columns", "<u2"),
-        ("mask_um", "<f4"),
-        ("patient", "<u4"),
-        ("strata", "<u4", (8,)),
-        ("record_at", "<u8"),
-        ("record_bytes", "<u4"),
-        ("location_at", "<u8"),
-        ("location_bytes", "<u4"),
-        ("flags", "<u4"),
-        ("size_bytes", "<u8"),
-    ]
-)
-"""A row of the catalogue. `slide_id`: the 16 bytes of its 32 hexadecimal digits; rows are sorted by it. `mask_um`: um
-per mask px. `patient`: code of the patient; a slide of an unknown one has a code of its own. `strata[c]`: place of the
-slide's value in `values[c]`. `record_at` and `location_at`: bytes from the start of records.bin and locations.bin."""
 
 DUPLICATE, MPP_CONFLICT, COPIED = 1, 2, 4
 """Bits of `flags`: probably a copy or a rescan of another slide; two origins give different um/px; the slide has no
@@ -81,7 +59,7 @@ class Catalogue:
         cache: Node-local folder for what is copied of a remote index.
 
     Attributes:
-        rows: `CATALOGUE_DTYPE`, [slides]; read-only.
+        rows: `ROW_DTYPE`, [slides]; read-only.
         columns: Names of the strata columns.
         values: Values of each column by code.
         snapshot_id: The snapshot.
@@ -267,7 +245,7 @@ def _map_rows(path: Path, count: int) -> NDArray[np.void]:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError):
         raise torn(f"{CATALOGUE} is not a catalogue") from None
-    if rows.dtype != CATALOGUE_DTYPE or rows.shape != (count,):
+    if rows.dtype != ROW_DTYPE or rows.shape != (count,):
         raise torn(f"{CATALOGUE} has other columns or another length than its snapshot says")
     return rows  # type: ignore[no-any-return]
 

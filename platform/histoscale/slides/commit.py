@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from histoscale.errors import SlideIndexError
+from histoscale.sampling.rows import ROW_DTYPE
 from histoscale.slides.catalogue import (
-    CATALOGUE_DTYPE,
     COPIED,
     DUPLICATE,
     MPP_CONFLICT,
@@ -233,7 +233,7 @@ class _Parts:
         self._records = self._files.enter_context((staging / RECORDS).open("wb"))
         self._locations = self._files.enter_context((staging / PROTECTED / LOCATIONS_BLOB).open("wb"))
         self._catalogue = self._files.enter_context((staging / CATALOGUE).open("wb"))
-        descr = np.lib.format.dtype_to_descr(CATALOGUE_DTYPE)
+        descr = np.lib.format.dtype_to_descr(ROW_DTYPE)
         header = {"descr": descr, "fortran_order": False, "shape": (slides,)}
         np.lib.format.write_array_header_1_0(self._catalogue, header)
 
@@ -246,7 +246,7 @@ class _Parts:
     def write(self, part: pa.Table) -> None:
         """Write the next slides, `EXAMINED_SCHEMA`."""
         rows = part.to_pylist()
-        catalogue = np.zeros(len(rows), CATALOGUE_DTYPE)
+        catalogue = np.zeros(len(rows), ROW_DTYPE)
         places = []
         for row, entry in zip(rows, catalogue, strict=True):
             name = row["slide_id"]

@@ -4,7 +4,7 @@ index.json                        format, version, the current snapshot, the his
 snapshots/F/snapshot.json         counts, strata columns and their values, parent, the bytes of every file
 snapshots/F/slides/part-*         one row per slide: geometry, optics, tissue mask, strata (Parquet, sorted by slide id)
 snapshots/F/refusals/part-*       slide id and reason of every slide that is not taken
-snapshots/F/catalogue.npy         a fixed-width row per slide, see `catalogue.CATALOGUE_DTYPE`
+snapshots/F/catalogue.npy         a fixed-width row per slide, see `sampling.rows`
 snapshots/F/records.bin           layout and mask of every slide
 pending/                          what an unfinished run has examined
 exclusions/NNNN.json              slides that are withdrawn, see `exclusions`
