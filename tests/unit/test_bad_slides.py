@@ -16,7 +16,7 @@ A, B, C = "a" * 32, "b" * 32, "c" * 32
     ("slides", "count", "share", "allowed"),
     [(8, 1000, 0.05, 1), (100, 1000, 0.05, 5), (3_000_000, 1000, 0.05, 1000), (100, 0, 0.05, 0), (10, 5, 0.0, 1)],
 )
-def test_the_lower_bound_counts_but_one_slide_is_always_borne(
+def test_the_lower_bound_counts_and_a_share_is_one_slide_at_least(
     slides: int, count: int, share: float, allowed: int
 ) -> None:
     assert allowed_bad_slides(slides, count, share) == allowed
@@ -54,7 +54,7 @@ def test_refused_tiles_are_counted_by_reason_and_slide_and_quarantine_nothing() 
     assert bad.error is None
     assert bad.summary() == [
         "tiles replaced by their next attempt: 2 x blur, 1 x pen",
-        f"most from slides {A} (2), {B} (1)",
+        f"most from slides {A} (1 x blur), {A} (1 x pen), {B} (1 x blur)",
     ]
 
 

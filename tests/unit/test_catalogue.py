@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from histoscale.errors import SlideIndexError
-from histoscale.sampling.rows import ROW_DTYPE
+from histoscale.sampling.rows import COPIED, ROW_DTYPE, sealed
 from histoscale.slides import catalogue as module
-from histoscale.slides.catalogue import COPIED, Catalogue, Locations, open_catalogue, slide_info
+from histoscale.slides.catalogue import Catalogue, Locations, open_catalogue, slide_info, split_record
 from histoscale.slides.index import make_index, write_index
 from histoscale.slides.layout import Level, SlideLayout, Table
 from histoscale.slides.records import SlideLocation, SlideRecord
@@ -180,6 +180,7 @@ def rewrite(store: Store, name: str, change: Callable[[bytes], bytes]) -> None:
 def with_field(data: bytes, field: str, value: int) -> bytes:
     rows = np.load(io.BytesIO(data))
     rows[field][1] = value
+    rows["check"] = sealed(rows)
     out = io.BytesIO()
     np.save(out, rows)
     return out.getvalue()
@@ -189,13 +190,17 @@ def with_field(data: bytes, field: str, value: int) -> bytes:
     ("name", "change", "diagnosis"),
     [
         ("catalogue.npy", lambda data: data[:-1], "catalogue.npy is missing or has not the size"),
-        ("catalogue.npy", lambda data: b"x" * len(data), "catalogue.npy is not a catalogue"),
-        ("catalogue.npy", lambda data: data.replace(b"mask_um", b"mask_UM"), "other columns or another length"),
-        ("catalogue.npy", lambda data: with_field(data, "record_bytes", 2**31), "records.bin ends before"),
-        ("catalogue.npy", lambda data: with_field(data, "record_bytes", 3), "holds no record"),
+        ("catalogue.npy", lambda data: b"x" * len(data), "catalogue.npy is not the catalogue"),
+        ("catalogue.npy", lambda data: data.replace(b"mask_um", b"mask_UM"), "catalogue.npy is not the catalogue"),
+        (
+            "catalogue.npy",
+            lambda data: with_field(data, "record_bytes", 2**31),
+            "records.bin is not what the catalogue says",
+        ),
+        ("catalogue.npy", lambda data: with_field(data, "record_bytes", 3), "records.bin is not what"),
         ("catalogue.npy", lambda data: with_field(data, "mask_rows", 9), "holds no mask"),
         ("catalogue.npy", lambda data: with_field(data, "location_bytes", 5), "holds no location"),
-        ("records.bin", lambda data: bytes(len(data)), "holds no mask"),
+        ("records.bin", lambda data: bytes(len(data)), "records.bin is not what the catalogue says"),
         ("records.bin", lambda data: data + b"x", "records.bin is missing or has not the size"),
         ("locations.bin", lambda data: zlib.compress(b"[1]") * 99, "holds no location"),
         ("snapshot.json", lambda data: data.replace(b"catalogue.npy", b"catalogue.np"), "names no catalogue.npy"),
@@ -207,3 +212,18 @@ def test_a_damaged_catalogue_is_a_diagnosis_and_never_a_wrong_slide(
     rewrite(store, name, change)
     with pytest.raises(SlideIndexError, match=rf"the index is damaged: .*{diagnosis}.*Run jobs/index\.py again"):
         read_all(store.uri)
+
+
+def test_a_changed_row_is_found_by_its_checksum(store: Store) -> None:
+    def change(data: bytes) -> bytes:
+        return data[:-20] + bytes([data[-20] ^ 1]) + data[-19:]
+
+    rewrite(store, "catalogue.npy", change)
+    with pytest.raises(SlideIndexError, match=r"a row of catalogue\.npy is damaged"):
+        open_catalogue(store.uri).mask(len(IDS) - 1)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xff\xff\x7f{}"])
+def test_a_record_that_ends_within_its_layout_is_refused(data: bytes) -> None:
+    with pytest.raises(SlideIndexError, match="holds no record"):
+        split_record(data)

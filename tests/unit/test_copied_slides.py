@@ -14,12 +14,10 @@ from histoscale.config.recipe import DataSection, Recipe
 from histoscale.errors import PlanError
 from histoscale.sampling.places import find_places
 from histoscale.sampling.plan import Plan
-from histoscale.sampling.rows import ROW_DTYPE
+from histoscale.sampling.rows import COPIED, ROW_DTYPE
 from histoscale.sampling.spec import PlanSpec
-from histoscale.sampling.supply import COPIED
 from histoscale.sampling.synthetic import make_archive
 from histoscale.sampling.visits import Visits
-from histoscale.slides import catalogue
 
 SPEC = PlanSpec(
     seed=11,
@@ -264,10 +262,6 @@ def test_where_no_slide_in_use_has_a_place_any_other_gives_the_spare() -> None:
     tiles = tiles_of(world.plan(spec, dict.fromkeys(in_use, 0)), range(20))
     assert not in_use & {tile[0] for tile in tiles.values()}
     assert min(tile[4] for tile in tiles.values()) == 17
-
-
-def test_the_bit_of_the_catalogue_is_the_bit_of_the_plan() -> None:
-    assert catalogue.COPIED == COPIED
 
 
 def test_the_recipe_says_how_many_slides_stay_for_how_many_visits() -> None:

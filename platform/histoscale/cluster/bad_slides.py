@@ -27,15 +27,13 @@ class BadSlides:
         self._allowed = allowed_bad_slides(slides, stream.max_bad_slides, stream.max_bad_share)
         self._reasons = {slide.slide_id: slide.reason for slide in before}
         self._tell = tell
-        self._tiles: Counter[str] = Counter()
-        self._tiles_by_slide: Counter[str] = Counter()
+        self._tiles: Counter[tuple[str, str]] = Counter()
 
     def take(self, faults: Sequence[Fault]) -> None:
         """Count faults that the workers told of; replays after a restart tell them again."""
         for fault in faults:
             if not fault.whole_slide:
-                self._tiles[fault.reason] += 1
-                self._tiles_by_slide[fault.slide_id] += 1
+                self._tiles[fault.slide_id, fault.reason] += 1
             elif fault.slide_id not in self._reasons:
                 self._reasons[fault.slide_id] = fault.reason
                 self._tell(f"slide {fault.slide_id} is quarantined: {fault.reason}")
@@ -51,6 +49,10 @@ class BadSlides:
         """What was refused, as lines for a person to read; none where nothing was."""
         if not self._tiles:
             return []
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in self._tiles.most_common())
-        worst = ", ".join(f"{slide_id} ({count})" for slide_id, count in self._tiles_by_slide.most_common(_SHOWN))
+        by_reason: Counter[str] = Counter()
+        for (_, reason), count in self._tiles.items():
+            by_reason[reason] += count
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in by_reason.most_common())
+        most = self._tiles.most_common(_SHOWN)
+        worst = ", ".join(f"{slide_id} ({count} x {reason})" for (slide_id, reason), count in most)
         return [f"tiles replaced by their next attempt: {reasons}", f"most from slides {worst}"]

@@ -1,6 +1,7 @@
 """From a recipe, an index and a run folder to a trained run: the driver's side."""
 
 import contextlib
+import os
 import signal
 import tempfile
 import threading
@@ -127,6 +128,7 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
             start_run(store, recipe, request.index_uri, catalogue.snapshot_id)
         quarantine = commit.quarantine if commit else ()
         feed = _feed(checked, recipe, start, quarantine, device)
+        tell(f"plan {checked.plan.fingerprint(catalogue.snapshot_id)} over snapshot {catalogue.snapshot_id}")
         for line in describe_plan(checked.plan.report()):
             tell(line)
         tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
@@ -159,7 +161,7 @@ def _feed(
         plan=checked.plan.spec,
         out_from=out_from(segments, quarantine),
         check=TileCheck(recipe.data.min_tile_tissue, recipe.data.min_sharpness),
-        cache_folder=Path(tempfile.gettempdir()) / "histoscale-slides",
+        cache_folder=Path(tempfile.gettempdir()) / f"histoscale-slides-{os.getuid()}",
         cache_bytes=int(recipe.cluster.slide_cache_gb * 1e9),
         tile_cache_bytes=int(recipe.cluster.tile_cache_gb * 1e9),
     )

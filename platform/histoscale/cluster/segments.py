@@ -1,8 +1,9 @@
 """Plan segments: which slides are out of a run, and from which step on; recorded in the run folder.
 
-The plan of a run changes only where a slide leaves it: a withdrawn patient (an exclusion list of the index), or a
-slide that was quarantined. Both take effect at a recorded step, so that a resumed run equals an uninterrupted one,
-and nothing else of the plan moves: a sample that would have come from such a slide takes its next attempt.
+The plan of a run changes only where a slide leaves it: a withdrawn patient (an exclusion list of the index, recorded
+here), or a slide that was quarantined (recorded in the commit). Both take effect at a recorded step, so that a resumed
+run equals an uninterrupted one, and nothing else of the plan moves: a sample that would have come from such a slide
+takes its next attempt.
 """
 
 import json

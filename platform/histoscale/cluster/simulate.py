@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from histoscale.cluster.plan_lines import describe_plan
 from histoscale.config.recipe import Recipe
 from histoscale.errors import ClusterError
 from histoscale.sampling.plan import Plan
+from histoscale.sampling.rows import ROW_DTYPE
 from histoscale.sampling.spec import PlanSpec
 from histoscale.sampling.synthetic import SyntheticArchive, make_archive
 from histoscale.slides.tile_check import TileCheck
@@ -81,7 +83,8 @@ class SimulatedReader:
 
 def open_synthetic(slides: int) -> SyntheticArchive:
     """A synthetic archive whose catalogue is a memory map that all processes of a node share."""
-    path = _FOLDER / f"{slides}.npy"
+    layout = zlib.crc32(str(ROW_DTYPE.descr).encode())  # a file of another version has other rows
+    path = _FOLDER / f"{slides}-{layout:08x}.npy"
     if not path.exists():
         _FOLDER.mkdir(mode=0o700, parents=True, exist_ok=True)
         part = path.with_suffix(f".{secrets.token_hex(8)}.part.npy")

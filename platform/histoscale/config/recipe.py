@@ -207,7 +207,7 @@ class CheckpointSection(Section):
 
 
 class StreamSection(Section):
-    """What the stream of tiles bears before it stops the run: the lower of the two bounds, but one slide always."""
+    """What the stream bears before it stops the run: the lower of the two bounds, a share being one slide at least."""
 
     max_bad_slides: Annotated[int, Field(ge=0)] = 1000
     max_bad_share: Probability = 0.05

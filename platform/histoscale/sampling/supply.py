@@ -9,13 +9,11 @@ from numpy.typing import NDArray
 
 from histoscale.errors import PlanError
 from histoscale.sampling.places import coarsest_scan_mpp
+from histoscale.sampling.rows import COPIED
 from histoscale.sampling.shares import MOST_STRATA, capped, cycle, whole_slots
 from histoscale.sampling.spec import PlanSpec
 from histoscale.seeding import key, uniforms
 from histoscale.units import describe_mpp
-
-COPIED = 4
-"""Bit of a row's `flags`: the slide cannot be read in place, a copy of the whole of it is."""
 
 _LEAST_SHARE = 1e-12  # of the largest
 

@@ -5,9 +5,11 @@ An archive of three million slides has a catalogue of 350 MB, which all processe
 
 import bisect
 import hashlib
+import io
 import mmap
 import os
 import tempfile
+import zlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histoscale.errors import SlideIndexError
-from histoscale.sampling.rows import ROW_DTYPE
+from histoscale.sampling.rows import ROW_DTYPE, sealed
 from histoscale.slides.layout import SlideLayout
 from histoscale.slides.records import SlideLocation, unpack_mask
 from histoscale.slides.slide import MppOrigin, SlideInfo
@@ -33,7 +35,7 @@ from histoscale.slides.tables import torn
 from histoscale.storage import ObjectInfo, Store, open_store
 from histoscale.storage.local import diagnosed_files
 
-DUPLICATE, MPP_CONFLICT, COPIED = 1, 2, 4
+DUPLICATE, MPP_CONFLICT = 1, 2
 """Bits of `flags`: probably a copy or a rescan of another slide; two origins give different um/px; the slide has no
 layout and is read from a copy."""
 
@@ -133,9 +135,11 @@ class Catalogue:
 
     def _record(self, row: int) -> tuple[bytes, bytes]:
         entry = self.rows[row]
+        if sealed(self.rows[row : row + 1])[0] != entry["check"]:
+            raise torn(f"a row of {CATALOGUE} is damaged")
         data = self._records.read(int(entry["record_at"]), int(entry["record_bytes"]))
-        if len(data) != entry["record_bytes"]:
-            raise torn(f"{RECORDS} ends before the catalogue says so")
+        if len(data) != entry["record_bytes"] or zlib.crc32(data) != entry["record_check"]:
+            raise torn(f"{RECORDS} is not what the catalogue says")
         return split_record(data)
 
     @cached_property
@@ -241,13 +245,21 @@ def _id_bytes(rows: NDArray[np.void], row: int) -> bytes:
 
 
 def _map_rows(path: Path, count: int) -> NDArray[np.void]:
-    try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError):
-        raise torn(f"{CATALOGUE} is not a catalogue") from None
-    if rows.dtype != ROW_DTYPE or rows.shape != (count,):
-        raise torn(f"{CATALOGUE} has other columns or another length than its snapshot says")
-    return rows  # type: ignore[no-any-return]
+    # The header is compared, not parsed: numpy's own reader takes it for Python text, and fails in many ways on others.
+    head = catalogue_head(count)
+    with path.open("rb") as file:
+        found = file.read(len(head))
+    if found != head or path.stat().st_size != len(head) + count * ROW_DTYPE.itemsize:
+        raise torn(f"{CATALOGUE} is not the catalogue of its snapshot")
+    return np.memmap(path, ROW_DTYPE, "r", len(head), (count,)) if count else np.zeros(0, ROW_DTYPE)
+
+
+def catalogue_head(count: int) -> bytes:
+    """The header of the .npy file of so many rows."""
+    head = io.BytesIO()
+    shape = {"descr": np.lib.format.dtype_to_descr(ROW_DTYPE), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(head, shape)
+    return head.getvalue()
 
 
 class _Map:

@@ -6,6 +6,7 @@ Bounded memory: a part of the slides at a time; of all of them, only ids, likene
 import hashlib
 import json
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,13 +19,13 @@ import numpy as np
 import pyarrow as pa
 
 from histoscale.errors import SlideIndexError
-from histoscale.sampling.rows import ROW_DTYPE
+from histoscale.sampling.rows import COPIED, ROW_DTYPE, sealed
 from histoscale.slides.catalogue import (
-    COPIED,
     DUPLICATE,
     MPP_CONFLICT,
     ORIGIN_SHIFT,
     ORIGINS,
+    catalogue_head,
     join_record,
 )
 from histoscale.slides.external_sort import SlideSorter
@@ -233,9 +234,7 @@ class _Parts:
         self._records = self._files.enter_context((staging / RECORDS).open("wb"))
         self._locations = self._files.enter_context((staging / PROTECTED / LOCATIONS_BLOB).open("wb"))
         self._catalogue = self._files.enter_context((staging / CATALOGUE).open("wb"))
-        descr = np.lib.format.dtype_to_descr(ROW_DTYPE)
-        header = {"descr": descr, "fortran_order": False, "shape": (slides,)}
-        np.lib.format.write_array_header_1_0(self._catalogue, header)
+        self._catalogue.write(catalogue_head(slides))
 
     def __enter__(self) -> Self:
         return self
@@ -259,6 +258,7 @@ class _Parts:
             places.append(location_to_row(name, location))
             self._fill(entry, row, location.to_bytes())
             self._count(row, places[-1])
+        catalogue["check"] = sealed(catalogue)
         self._catalogue.write(catalogue.tobytes())
         name = _part_name(self._number)
         _write(self._staging / SLIDES / name, pa.Table.from_pylist(rows, schema=SLIDES_SCHEMA))
@@ -274,6 +274,7 @@ class _Parts:
         entry["patient"] = self._codes.patients[row["slide_id"]]
         for column, value in enumerate(row["strata"]):
             entry["strata"][column] = self._codes.places[column][value]
+        entry["record_check"] = zlib.crc32(record)
         entry["record_at"], entry["record_bytes"] = self._records.tell(), len(record)
         entry["location_at"], entry["location_bytes"] = self._locations.tell(), len(location)
         entry["flags"] = (

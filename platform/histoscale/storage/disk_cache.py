@@ -51,6 +51,7 @@ class DiskCache:
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._unchecked_bytes = 0
+        self._told = False
         self.hits = 0
         """Pieces that were found."""
 
@@ -112,7 +113,9 @@ class DiskCache:
                 with self._connection as database:
                     work(database)
             except (sqlite3.Error, OSError) as error:
-                _log.warning("the node-local cache cannot be used: %s", type(error).__name__)
+                if not self._told:
+                    _log.warning("the node-local cache cannot be used: %s", type(error).__name__)
+                self._told = True
 
     def _open(self) -> sqlite3.Connection:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

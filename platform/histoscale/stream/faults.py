@@ -46,9 +46,9 @@ class Quarantined:
 
 
 def allowed_bad_slides(slides: int, count: int, share: float) -> int:
-    """How many of `slides` slides may be quarantined: at most `count` and at most `share`, but always one.
+    """How many of `slides` slides may be quarantined: at most `count` and at most `share`.
 
-    One bad slide in a small archive is no reason to stop a run.
+    A share is one slide at least: one bad slide in a small archive is no reason to stop a run. A count of 0 bears none.
     """
     return min(count, max(1, int(share * slides)))
 
@@ -60,5 +60,5 @@ def too_many_bad_slides(reasons: Mapping[str, str], slides: int, allowed: int) -
     return StreamError(
         f"{len(reasons)} of {slides} slides cannot be read any more: {shown}{more}",
         expected=f"at most {allowed} (stream.max_bad_slides and stream.max_bad_share)",
-        remedy="repair or restore these slides and run the index again, or raise the bounds with a new --out",
+        remedy="repair these slides and index them again, or raise the bounds: either way start a run with a new --out",
     )
