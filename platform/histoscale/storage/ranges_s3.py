@@ -139,6 +139,8 @@ class S3Ranges:
         while True:
             try:
                 async with self._slots:
+                    if self._closed:
+                        raise asyncio.CancelledError  # one whose turn came because another was cancelled
                     return await self._get(request)
             except (ClientError, BotoCoreError) as error:
                 failure = error
