@@ -5,6 +5,7 @@ answer. The token lives in the environment of the head and of what is started th
 """
 
 import atexit
+import json
 import os
 import secrets
 import shutil
@@ -172,15 +173,17 @@ class LocalHead:
             time.sleep(0.2)
 
     def _answers(self) -> bool:
+        """Whether the job server answers and has a node to run jobs on: it is up before the node, which may fail."""
         request = urllib.request.Request(
-            f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {self._token}"}
+            f"{self.address}/api/v0/nodes", headers={"Authorization": f"Bearer {self._token}"}
         )
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with direct.open(request, timeout=5.0) as answer:
-                return bool(answer.status == 200)
+                nodes = json.load(answer)["data"]["result"]["result"]
         except OSError:  # URLError and HTTPError are OSErrors
             return False
+        return any(node["state"] == "ALIVE" for node in nodes)
 
     def _last_words(self) -> str:
         lines = (self._folder / "head.log").read_text(errors="replace").split("\n") if self._folder else []
