@@ -83,3 +83,13 @@ def test_a_mask_depends_on_seed_and_sample_alone() -> None:
         alone = block_masks(ids[place : place + 1], 3, 8, LOSS).reshape(2, 1, -1)
         assert np.array_equal(together[:, place], alone[:, 0])
     assert not np.array_equal(together, block_masks(ids, 4, 8, LOSS).reshape(2, 4, -1))
+
+
+def test_every_mask_is_full_to_a_patch_or_two() -> None:
+    ids = np.arange(2000)
+    masks = both(block_masks(ids, 6, 16, LOSS)).sum(axis=1)
+    draws = uniforms(key(6, "mask"), ids, 3 + 4 * 32)[:, 0]
+    missing = (256 * (0.1 + 0.4 * draws)).astype(np.int64) - masks
+    assert missing.min() >= 0
+    assert missing.max() <= 2
+    assert missing.mean() < 0.05

@@ -11,7 +11,7 @@ from histoscale.config.decode import (
     load_recipe,
     parse_yaml,
 )
-from histoscale.config.recipe import Recipe
+from histoscale.config.recipe import ExtendedContext, RandomResized, Recipe
 from histoscale.errors import RecipeError
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
@@ -41,6 +41,35 @@ def test_ranges_and_balance_read_back_as_themselves() -> None:
     assert decode_recipe(parse_yaml(dump_recipe(recipe), "test")) == recipe
 
 
+@pytest.mark.parametrize(
+    ("text", "window"),
+    [
+        ("{kind: random_resized, local_scale: [0.05, 0.4]}", RandomResized(local_scale=(0.05, 0.4))),
+        ("{kind: extended_context, scale_of: area}", ExtendedContext(scale_of="area")),
+        ("{kind: extended_context}", ExtendedContext()),
+    ],
+)
+def test_both_kinds_of_window_are_read_from_yaml(text: str, window: ExtendedContext | RandomResized) -> None:
+    recipe = decode_recipe(parse_yaml(f"crops: {{poses: flips, window: {text}}}", "test"))
+    assert (recipe.crops.window, recipe.crops.poses) == (window, "flips")
+    assert decode_recipe(parse_yaml(dump_recipe(recipe), "test")) == recipe
+
+
+def test_a_scale_of_the_area_bounds_the_window_by_its_root_and_a_share_of_the_region_always_fits() -> None:
+    def crops_in(region_px: int, window: dict[str, Any]) -> Recipe:
+        return decode_recipe({"data": {"region_px": region_px}, "crops": {"window": window}})
+
+    # 224 px times sqrt(1 / 0.95), for the aspect, are 229.8 px; by a scale of 1.44 they become 330.9 or 275.8 px.
+    extended = {"kind": "extended_context", "scale": [1.0, 1.44]}
+    assert crops_in(331, extended).data.region_px == 331
+    with pytest.raises(RecipeError, match=r"global_px of up to 330\.9 px must fit in data.region_px, got 330"):
+        crops_in(330, extended)
+    assert crops_in(276, extended | {"scale_of": "area"}).data.region_px == 276
+    with pytest.raises(RecipeError, match=r"global_px of up to 275\.8 px must fit in data.region_px, got 275"):
+        crops_in(275, extended | {"scale_of": "area"})
+    assert crops_in(64, {"kind": "random_resized"}).data.region_px == 64
+
+
 def test_recipes_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Recipe().seed = 1  # type: ignore[misc]
@@ -66,7 +95,15 @@ def test_every_problem_of_a_file_is_reported_at_once_with_the_nearest_name() -> 
         ({"batch": {"tiles": 4, "replicas": 4}}, "two tiles or more"),
         ({"batch": {"chapter_steps": 3, "tiles_per_visit": 2}}, "tiles_per_visit must divide chapter_steps"),
         ({"model": {"arch": "vit_xxl"}}, "arch must be one of"),
-        ({"crops": {"scale": [1.2, 0.9]}}, "scale must be"),
+        ({"crops": {"window": {"kind": "extended_context", "scale": [1.2, 0.9]}}}, r"scale must be \(low, high\)"),
+        ({"crops": {"window": {"kind": "extended_context", "aspect": [2, 1]}}}, r"aspect must be \(low, high\)"),
+        ({"crops": {"window": {"kind": "random_resized", "global_scale": [1, 0.3]}}}, "global_scale must be"),
+        ({"crops": {"window": {"kind": "random_resized", "local_scale": [0.3, 0.1]}}}, "local_scale must be"),
+        ({"crops": {"window": {"kind": "random_resized", "scale": [0.9, 1.1]}}}, "scale is not a field"),
+        ({"crops": {"window": {"kind": "centre"}}}, "'extended_context', 'random_resized'"),
+        ({"crops": {"poses": "turns"}}, "crops.poses = 'turns'"),
+        ({"augment": {"hed_p": 1.5}}, "augment.hed_p = 1.5"),
+        ({"augment": {"hed_strength": -0.1}}, "augment.hed_strength = -0.1"),
         ({"crops": {"global_px": 100}}, "multiple of the patch"),
         ({"data": {"region_px": 224}}, "crops.global_px of up to .* must fit in data.region_px"),
         ({"crops": {"local_px": 392}}, "crops.local_px of up to .* must fit in data.region_px"),
@@ -95,8 +132,10 @@ def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -
 
 
 def test_overrides_are_typed_like_the_file() -> None:
-    recipe = decode_recipe({}, ["model.arch=vit_s14", "loss.kde_weight=0", "crops.scale=[0.8, 1.0]"])
-    assert (recipe.model.arch, recipe.loss.kde_weight, recipe.crops.scale) == ("vit_s14", 0.0, (0.8, 1.0))
+    window = "crops.window={kind: extended_context, scale: [0.8, 1.0]}"
+    recipe = decode_recipe({}, ["model.arch=vit_s14", "loss.kde_weight=0", window])
+    assert (recipe.model.arch, recipe.loss.kde_weight) == ("vit_s14", 0.0)
+    assert recipe.crops.window == ExtendedContext(scale=(0.8, 1.0))
 
 
 @pytest.mark.parametrize("override", ["model.arch", "=3", "model..arch=1", "seed.x=1", "seed={", "seed=2024-13-45"])

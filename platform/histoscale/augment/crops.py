@@ -10,10 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from histoscale.augment.colour import COLOUR_DRAWS, apply_colour, draw_colour, normalise
-from histoscale.augment.geometry import GEOMETRY_DRAWS, crop_maps, cut
+from histoscale.augment.colour import COLOUR_DRAWS, Colour, apply_colour, draw_colour, normalise
+from histoscale.augment.geometry import GEOMETRY_DRAWS, cut, draw_places, planes_of, window_sizes
+from histoscale.augment.stain import STAIN_DRAWS, draw_stains
 from histoscale.config.recipe import Recipe
 from histoscale.seeding import key, uniforms
+
+_GLOBAL_CROPS = 2  # numbered 0 and 1; local ones follow
+_SOLARIZED_CROP = 1  # DINOv2
+
+# Crops that are made together, in values: on a CPU their intermediates stay in its cache, on a GPU they keep it busy.
+_VALUES_ON_CPU = 300_000
+_VALUES_ON_GPU = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -41,19 +49,45 @@ def augment(tiles: Tensor, sample_ids: NDArray[np.int64], recipe: Recipe) -> Vie
     Returns:
         The crops, on the tiles' device.
     """
-    regions = tiles.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
-    strengths, crops = recipe.augment, recipe.crops
-    first, second, local = strengths.blur_p
+    planes = planes_of(tiles, recipe.crops.poses)
+    local = range(_GLOBAL_CROPS, _GLOBAL_CROPS + recipe.crops.local_count)
+    return Views(
+        global_crops=_views(planes, sample_ids, recipe, range(_GLOBAL_CROPS)),
+        local_crops=_views(planes, sample_ids, recipe, local) if local else None,
+    )
 
-    def view(crop: int, side_px: int, blur_p: float, solarize_p: float) -> Tensor:
-        places = uniforms(key(recipe.seed, "augment", "place", crop), sample_ids, GEOMETRY_DRAWS)
-        shades = uniforms(key(recipe.seed, "augment", "colour", crop), sample_ids, COLOUR_DRAWS)
-        images = cut(regions, crop_maps(places, side_px, regions.shape[-1], crops), side_px, crops)
-        return normalise(apply_colour(images, draw_colour(shades, strengths, blur_p, solarize_p, images.device)))
 
-    global_views = [
-        view(0, crops.global_px, first, 0.0),
-        view(1, crops.global_px, second, strengths.solarize_p),  # DINOv2 solarises the second global crop only
-    ]
-    local_views = [view(2 + crop, crops.local_px, local, 0.0) for crop in range(crops.local_count)]
-    return Views(torch.cat(global_views), torch.cat(local_views) if local_views else None)
+def _views(planes: Tensor, sample_ids: NDArray[np.int64], recipe: Recipe, numbers: range) -> Tensor:
+    """The crops of the given numbers, of one size: float32 [crops, 3, S, S], crop-major."""
+    crops, region_px, is_local = recipe.crops, planes.shape[-1], _GLOBAL_CROPS in numbers
+    side_px = crops.local_px if is_local else crops.global_px
+    sizes = window_sizes(crops, region_px, local=is_local)
+    places = draw_places(
+        _draws(recipe.seed, "place", numbers, sample_ids, GEOMETRY_DRAWS), sizes, region_px, crops.poses
+    )
+    colours = _colours(recipe, numbers, sample_ids)
+    tile = np.tile(np.arange(len(sample_ids)), len(numbers))
+    views = torch.empty(len(tile), 3, side_px, side_px, device=planes.device)
+    values = _VALUES_ON_CPU if planes.device.type == "cpu" else _VALUES_ON_GPU
+    together = max(1, values // (3 * side_px * side_px))
+    for first in range(0, len(tile), together):
+        part = slice(first, first + together)
+        images = cut(planes, tile[part], places.part(part), side_px, sizes.longest_px(region_px))
+        views[part] = normalise(apply_colour(images, colours.part(part)))
+    return views
+
+
+def _colours(recipe: Recipe, numbers: range, sample_ids: NDArray[np.int64]) -> Colour:
+    strengths, tiles = recipe.augment, len(sample_ids)
+    blur_p = [strengths.blur_p[min(number, _GLOBAL_CROPS)] for number in numbers]
+    solarize_p = [strengths.solarize_p if number == _SOLARIZED_CROP else 0.0 for number in numbers]
+    stains = None
+    if strengths.hed_p > 0.0:
+        draws = _draws(recipe.seed, "stain", numbers, sample_ids, STAIN_DRAWS)
+        stains = draw_stains(draws, strengths.hed_p, strengths.hed_strength)
+    draws = _draws(recipe.seed, "colour", numbers, sample_ids, COLOUR_DRAWS)
+    return draw_colour(draws, strengths, np.repeat(blur_p, tiles), np.repeat(solarize_p, tiles), stains)
+
+
+def _draws(seed: int, purpose: str, numbers: range, sample_ids: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    return np.concatenate([uniforms(key(seed, "augment", purpose, number), sample_ids, count) for number in numbers])

@@ -11,7 +11,7 @@ from histoscale.seeding import key, uniforms
 
 _MIN_BLOCK_PATCHES = 4  # DINOv2
 _BLOCK_ASPECT = (0.3, 1.0 / 0.3)  # DINOv2
-_ROUNDS = 32  # a block takes about half of what is left, so the mask is full long before
+_ROUNDS = 32  # at most; a block takes about half of what is left, so the mask is full long before
 
 
 def block_masks(sample_ids: NDArray[np.int64], seed: int, grid: int, loss: LossSection) -> NDArray[np.bool_]:
@@ -37,6 +37,8 @@ def block_masks(sample_ids: NDArray[np.int64], seed: int, grid: int, loss: LossS
     masked_bgg = np.zeros((tiles, grid, grid), dtype=np.bool_)
     for block in np.split(draws[:, 3:], _ROUNDS, axis=1):
         left_b = wanted_b - masked_bgg.sum(axis=(1, 2))
+        if not left_b.any():
+            break
         block_bgg = _blocks(block, left_b, grid)
         new_b = (block_bgg & ~masked_bgg).sum(axis=(1, 2))
         masked_bgg |= block_bgg & (new_b <= left_b)[:, None, None]
