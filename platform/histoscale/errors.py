@@ -9,6 +9,7 @@ HistoscaleError
 ├── StreamError        tiles that are not the ones of the plan
 ├── CheckpointError    a checkpoint that is torn, foreign or incomplete
 ├── RunError           a run folder that is held, or belongs to another recipe
+├── ModelError         published weights that do not fit the model
 ├── TrainingError      a training step that must not be taken
 ├── DatasetError       a labelled dataset that is incomplete
 ├── ExportError        an export that cannot be made or proven
@@ -86,6 +87,10 @@ class CheckpointError(HistoscaleError):
 
 class RunError(HistoscaleError):
     """A run folder that another job holds, or that belongs to another recipe."""
+
+
+class ModelError(HistoscaleError):
+    """Published weights that cannot be read, or that do not fit the model."""
 
 
 class TrainingError(HistoscaleError):

@@ -55,15 +55,16 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def tiny_recipe(arch: str = "vit_test14", seed: int = 0) -> Recipe:
+def tiny_recipe(arch: str = "vit_test14", seed: int = 0, qk_norm: bool = False) -> Recipe:
+    patch_px = ARCHS[arch].patch_px
     return decode_recipe(
         {
             "seed": seed,
             "data": {"region_px": 64},
             "batch": {"tiles": 4, "replicas": 2},
-            "model": {"arch": arch, "drop_path": 0.1},
+            "model": {"arch": arch, "drop_path": 0.1, "qk_norm": qk_norm},
             "heads": {"dino_prototypes": 8, "ibot_prototypes": 8, "hidden_dim": 8},
-            "crops": {"global_px": 28, "local_px": 14},
+            "crops": {"global_px": 2 * patch_px, "local_px": patch_px},
             "schedule": {"images": 8},
         }
     )
@@ -127,9 +128,12 @@ def test_trained_backbone_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 
 @needs_timm
-@pytest.mark.parametrize("arch", ["vit_test14", "vit_micro14", "vit_ti14"])
-def test_export_equals_timm_on_all_tokens(tmp_path: Path, arch: str) -> None:
-    recipe = tiny_recipe(arch)
+@pytest.mark.parametrize(
+    ("arch", "qk_norm"),
+    [("vit_test14", False), ("vit_micro14", False), ("vit_ti14", False), ("vit_ti16", False), ("vit_test14", True)],
+)
+def test_export_equals_timm_on_all_tokens(tmp_path: Path, arch: str, qk_norm: bool) -> None:
+    recipe = tiny_recipe(arch, qk_norm=qk_norm)
     result = export_run(committed_run(tmp_path / "run", recipe), recipe, str(tmp_path / "out"))
     assert result.step == 2
     assert result.difference is not None
@@ -155,10 +159,12 @@ def test_parity_sees_one_changed_weight(tmp_path: Path) -> None:
 
 
 @needs_timm
-def test_swiglu_export_equals_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = replace(ARCHS["vit_h14_reg4"], depth=2, width=160, heads=4)
-    monkeypatch.setitem(ARCHS, "vit_h14_reg4", small)
-    recipe = tiny_recipe("vit_h14_reg4")
+@pytest.mark.parametrize("arch", ["vit_h14_reg4", "vit_giant14", "vit_gigantic14_reg8"])
+def test_swiglu_export_equals_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
+    large = ARCHS[arch]
+    mlp_width = None if large.mlp_width is None else large.mlp_width // 8
+    monkeypatch.setitem(ARCHS, arch, replace(large, depth=2, width=large.width // 8, heads=4, mlp_width=mlp_width))
+    recipe = tiny_recipe(arch)
     result = export_run(committed_run(tmp_path / "run", recipe), recipe, str(tmp_path / "out"))
     assert result.difference is not None
     assert result.difference <= 1e-5
@@ -166,23 +172,26 @@ def test_swiglu_export_equals_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @needs_timm
-def test_every_arch_has_the_shapes_of_the_timm_model_it_names() -> None:
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_every_arch_has_the_shapes_of_the_timm_model_it_names(qk_norm: bool) -> None:
     timm = import_timm()
     for name, arch in ARCHS.items():
-        timm_name, arguments = timm_model(tiny_recipe(name))
+        timm_name, arguments = timm_model(tiny_recipe(name, qk_norm=qk_norm))
         if "mlp_layer" in arguments:
             arguments["mlp_layer"] = getattr(timm.layers, arguments["mlp_layer"])
         with torch.device("meta"):
             theirs = timm.create_model(timm_name, pretrained=False, **arguments).state_dict()
-            ours = VisionTransformer(arch, 28).state_dict()
+            ours = VisionTransformer(arch, 2 * arch.patch_px, qk_norm=qk_norm).state_dict()
         assert {key: tensor.shape for key, tensor in theirs.items()} == {
             key: tensor.shape for key, tensor in ours.items()
         }, name
 
 
 @needs_timm
-def test_the_code_of_the_card_runs_as_it_stands(tmp_path: Path) -> None:
-    recipe = tiny_recipe()
+@pytest.mark.parametrize("arch", ["vit_test14", "vit_h14"])
+def test_the_code_of_the_card_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
+    monkeypatch.setitem(ARCHS, arch, replace(ARCHS[arch], depth=2, width=32, heads=2))
+    recipe = tiny_recipe(arch)
     export_run(committed_run(tmp_path / "run", recipe), recipe, str(tmp_path / "out"))
     card = (tmp_path / "out" / CARD).read_text()
     assert fingerprint(recipe) in card

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from histoscale.augment.colour import IMAGENET_MEAN, IMAGENET_STD
 from histoscale.checkpoint.manifest import Commit
-from histoscale.config.archs import ARCHS
+from histoscale.config.archs import ARCHS, Arch
 from histoscale.config.recipe import Recipe
 from histoscale.errors import ExportError
 from histoscale.evaluate.backbone import trained_backbone
@@ -30,10 +30,18 @@ FORMAT_VERSION = 1
 FORMATS = ("timm",)
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 MAX_DIFFERENCE = 1e-3  # of tokens after the final norm, which are of order 1; rounding leaves about 1e-5
-_OURS = "histoscale"
+OURS = "histoscale"
 _PARITY_IMAGES = 2
-# timm's model of the same width, so that the name says the size; every argument is given beside it.
-_NAME_BY_WIDTH = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
+# timm's model of about the same width, so that the name says the size; every argument is given beside it.
+_NAME_BY_WIDTH = {
+    192: "vit_tiny_patch16_224",
+    384: "vit_small_patch16_224",
+    768: "vit_base_patch16_224",
+    1024: "vit_large_patch16_224",
+    1280: "vit_huge_patch14_224",
+    1536: "vit_giant_patch14_224",
+    1664: "vit_gigantic_patch14_224",
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def write_layout(folder: Path, backbone: VisionTransformer, recipe: Recipe, comm
             "crop_pct": 1.0,
             "num_classes": 0,
         },
-        _OURS: {
+        OURS: {
             "format": FORMAT_VERSION,
             "recipe": commit.fingerprint,
             "step": commit.step,
@@ -113,15 +121,20 @@ def write_layout(folder: Path, backbone: VisionTransformer, recipe: Recipe, comm
 def timm_model(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     """Name and arguments with which `timm.create_model` builds the backbone of a recipe."""
     arch = ARCHS[recipe.model.arch]
-    size = _NAME_BY_WIDTH.get(arch.width, "base")
-    name = "vit_huge_patch14_224" if arch.width == 1280 else f"vit_{size}_patch16_224"
+    name = _NAME_BY_WIDTH.get(arch.width, "vit_base_patch16_224")
+    return name, timm_arguments(arch, recipe.crops.global_px, recipe.model.qk_norm)
+
+
+def timm_arguments(arch: Arch, image_px: int, qk_norm: bool) -> dict[str, Any]:
+    """What `timm.create_model` must be told to build a backbone."""
+    first_layer = 2 * arch.ffn_hidden if arch.ffn == "swiglu" else arch.ffn_hidden
     arguments: dict[str, Any] = {
-        "img_size": recipe.crops.global_px,
+        "img_size": image_px,
         "patch_size": arch.patch_px,
         "embed_dim": arch.width,
         "depth": arch.depth,
         "num_heads": arch.heads,
-        "mlp_ratio": arch.mlp_ratio,
+        "mlp_ratio": first_layer / arch.width,
         "reg_tokens": arch.registers,
         "num_classes": 0,
         "global_pool": "",
@@ -129,9 +142,11 @@ def timm_model(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     }
     if arch.layer_scale is not None:
         arguments["init_values"] = arch.layer_scale
+    if qk_norm:
+        arguments["qk_norm"] = True
     if arch.ffn == "swiglu":
         arguments |= {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
-    return name, arguments
+    return arguments
 
 
 def load_in_timm(folder: Path) -> nn.Module:
@@ -198,7 +213,7 @@ def _refuse_strangers(out: Store) -> None:
 
 def _is_ours(config: bytes) -> bool:
     try:
-        return _OURS in json.loads(config)
+        return OURS in json.loads(config)
     except (ValueError, TypeError):
         return False
 
