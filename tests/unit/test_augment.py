@@ -189,6 +189,21 @@ def test_without_local_crops_there_are_none() -> None:
     assert views.global_crops.shape == (4, 3, 56, 56)
 
 
+def test_threads_change_no_bit_and_are_as_many_afterwards() -> None:
+    tiles, ids = pattern(REGION_PX, 60), np.arange(60)
+    alone = augment(tiles, ids, recipe_of())
+    torch.set_num_threads(3)
+    shared = augment(tiles, ids, recipe_of())
+    assert torch.get_num_threads() == 3
+    assert torch.equal(shared.global_crops, alone.global_crops)
+    assert shared.local_crops is not None
+    assert alone.local_crops is not None
+    assert torch.equal(shared.local_crops, alone.local_crops)
+    with pytest.raises(IndexError):  # a failure in a thread arrives, and the threads are given back
+        augment(tiles[:5], ids, recipe_of())
+    assert torch.get_num_threads() == 3
+
+
 def test_tiles_are_left_as_they_were() -> None:
     tiles = pattern(REGION_PX, 2)
     before = tiles.clone()

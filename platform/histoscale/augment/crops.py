@@ -3,7 +3,11 @@
 Shape suffixes: b tiles, n local crops of a tile, R side of a region, G and L sides of global and local crops.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +19,8 @@ from histoscale.augment.geometry import GEOMETRY_DRAWS, cut, draw_places, planes
 from histoscale.augment.stain import STAIN_DRAWS, draw_stains
 from histoscale.config.recipe import Recipe
 from histoscale.seeding import key, uniforms
+
+Task = Callable[[], None]
 
 _GLOBAL_CROPS = 2  # numbered 0 and 1; local ones follow
 _SOLARIZED_CROP = 1  # DINOv2
@@ -49,16 +55,50 @@ def augment(tiles: Tensor, sample_ids: NDArray[np.int64], recipe: Recipe) -> Vie
     Returns:
         The crops, on the tiles' device.
     """
-    planes = planes_of(tiles, recipe.crops.poses)
     local = range(_GLOBAL_CROPS, _GLOBAL_CROPS + recipe.crops.local_count)
-    return Views(
-        global_crops=_views(planes, sample_ids, recipe, range(_GLOBAL_CROPS)),
-        local_crops=_views(planes, sample_ids, recipe, local) if local else None,
-    )
+    with _cpu_threads(tiles.device) as run_all:
+        planes = planes_of(tiles, recipe.crops.poses)
+        global_crops, tasks = _views(planes, sample_ids, recipe, range(_GLOBAL_CROPS))
+        local_crops = None
+        if local:
+            local_crops, more_tasks = _views(planes, sample_ids, recipe, local)
+            tasks += more_tasks
+        run_all(tasks)
+    return Views(global_crops, local_crops)
 
 
-def _views(planes: Tensor, sample_ids: NDArray[np.int64], recipe: Recipe, numbers: range) -> Tensor:
-    """The crops of the given numbers, of one size: float32 [crops, 3, S, S], crop-major."""
+@contextlib.contextmanager
+def _cpu_threads(device: torch.device) -> Iterator[Callable[[list[Task]], None]]:
+    """Runs tasks on as many threads as torch would give to each operation; on a GPU one after the other.
+
+    The operations are short, so that threads which share each of them wait for one another thousands of times; where
+    other processes want the same cores, each wait is a time slice. So each thread has tasks of its own instead, whose
+    operations it runs alone: new threads take over the one that torch is set to meanwhile.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield _one_by_one
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield partial(_shared_out, pool)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _one_by_one(tasks: list[Task]) -> None:
+    for task in tasks:
+        task()
+
+
+def _shared_out(pool: ThreadPoolExecutor, tasks: list[Task]) -> None:
+    for running in [pool.submit(task) for task in tasks]:
+        running.result()
+
+
+def _views(planes: Tensor, sample_ids: NDArray[np.int64], recipe: Recipe, numbers: range) -> tuple[Tensor, list[Task]]:
+    """The crops of the given numbers, of one size, crop-major: float32 [crops, 3, S, S], and what will fill them."""
     crops, region_px, is_local = recipe.crops, planes.shape[-1], _GLOBAL_CROPS in numbers
     side_px = crops.local_px if is_local else crops.global_px
     sizes = window_sizes(crops, region_px, local=is_local)
@@ -68,13 +108,15 @@ def _views(planes: Tensor, sample_ids: NDArray[np.int64], recipe: Recipe, number
     colours = _colours(recipe, numbers, sample_ids)
     tile = np.tile(np.arange(len(sample_ids)), len(numbers))
     views = torch.empty(len(tile), 3, side_px, side_px, device=planes.device)
-    values = _VALUES_ON_CPU if planes.device.type == "cpu" else _VALUES_ON_GPU
-    together = max(1, values // (3 * side_px * side_px))
-    for first in range(0, len(tile), together):
-        part = slice(first, first + together)
+
+    @torch.no_grad()
+    def fill(part: slice) -> None:
         images = cut(planes, tile[part], places.part(part), side_px, sizes.longest_px(region_px))
         views[part] = normalise(apply_colour(images, colours.part(part)))
-    return views
+
+    values = _VALUES_ON_CPU if planes.device.type == "cpu" else _VALUES_ON_GPU
+    together = max(1, values // (3 * side_px * side_px))
+    return views, [partial(fill, slice(first, first + together)) for first in range(0, len(tile), together)]
 
 
 def _colours(recipe: Recipe, numbers: range, sample_ids: NDArray[np.int64]) -> Colour:
