@@ -119,9 +119,10 @@ def block_bytes(rank: Rank) -> int:
 def _attention_bytes(rank: Rank, tokens: int) -> int:
     """What attention keeps for one token.
 
-    The fused kernels keep queries, keys and values (3 widths), and in fp32 the sum of each row and head. They keep their
-    result as well: it is the projection's input, which `block_bytes` counts, unless that is a copy (then 1 more), because
-    images of several sizes are packed, or because the heads do not lie together after `qk_norm`. The plain product, which a CPU takes in bf16, keeps copies of queries, keys and values (3) and all scores. `qk_norm` keeps its
+    The fused kernels keep queries, keys and values (3 widths), and in fp32 the sum of each row and head. They keep
+    their result as well: it is the projection's input, which `block_bytes` counts, unless that is a copy (then 1 more),
+    because images of several sizes are packed, or because the heads do not lie together after `qk_norm`. The plain
+    product, which a CPU takes in bf16, keeps copies of queries, keys and values (3) and all scores. `qk_norm` keeps its
     inputs, which are one tensor with the values (3), beside what it makes of two of them, and statistics.
     """
     arch, size = rank.arch, rank.element_bytes

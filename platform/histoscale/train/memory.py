@@ -157,7 +157,7 @@ def largest_group(recipe: Recipe, arch: Arch) -> int:
 def state_items(rank: Rank, looks: Rank) -> dict[str, int]:
     """What a rank holds between two steps.
 
-    ZeRO 1 and 2 replicate the weights, ZeRO 3 cuts each among the ranks; masters, moments and average are cut by all three.
+    ZeRO 1 and 2 replicate the weights, ZeRO 3 shares each out; all three share out masters, moments and average.
     Gradients stand still in two cases: ZeRO 3 has one flat buffer in fp32 for its part, and bf16 under ZeRO 1 goes
     through DeepSpeed's `BF16_Optimizer`, which sums all gradients in fp32 on every rank. ZeRO 3 keeps its bucket, too,
     in the fp32 that it communicates in.
