@@ -17,13 +17,13 @@ def report(two_workers: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def test_non_finite_loss_of_one_rank_stops_all_before_the_update(report: dict[str, Any]) -> None:
     assert report["loss: error"].startswith(
-        "TrainingError: the loss is not finite, so no update was made (got 'dino nan"
+        "NonFiniteError: the loss is not finite, so no update was made (got 'dino nan"
     )
     assert report["loss: unchanged"]
 
 
 def test_non_finite_gradient_of_one_rank_stops_all_before_the_update(report: dict[str, Any]) -> None:
-    assert report["gradient: error"].startswith("TrainingError: the gradient is not finite, so no update was made")
+    assert report["gradient: error"].startswith("NonFiniteError: the gradient is not finite, so no update was made")
     assert report["gradient: unchanged"]
 
 

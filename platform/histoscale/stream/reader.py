@@ -4,16 +4,20 @@ A sample whose tile the content refuses (damaged data, a slide that changed, no 
 read again at its next attempt, so that a block is always whole and a replay finds the same tiles.
 """
 
+import os
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 
+from histoscale.config.recipe import Recipe
 from histoscale.sampling.plan import ChapterPlan, Plan
 from histoscale.sampling.spec import PlanSpec
 from histoscale.slides.catalogue import Catalogue, Locations, open_catalogue
@@ -51,6 +55,20 @@ class ReaderSpec:
     cache_folder: Path
     cache_bytes: int
     tile_cache_bytes: int = 0
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, index_uri: str, snapshot_id: str, out_from: Mapping[str, int]) -> Self:
+        """What the readers of a run need, with their copies in the temporary folder of their node."""
+        return cls(
+            index_uri=index_uri,
+            snapshot_id=snapshot_id,
+            plan=PlanSpec.from_recipe(recipe),
+            out_from=out_from,
+            check=TileCheck(recipe.data.min_tile_tissue, recipe.data.min_sharpness),
+            cache_folder=Path(tempfile.gettempdir()) / f"histoscale-slides-{os.getuid()}",
+            cache_bytes=int(recipe.cluster.slide_cache_gb * 1e9),
+            tile_cache_bytes=int(recipe.cluster.tile_cache_gb * 1e9),
+        )
 
     def open_plan(self, catalogue: Catalogue) -> Plan:
         """The plan of the run over the slides of its catalogue."""

@@ -1,0 +1,415 @@
+"""Captures on disk, what a replay makes of what it saw, and what it refuses. One process, no DeepSpeed."""
+
+import errno
+import json
+import logging
+import math
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from histoscale.augment.crops import Views
+from histoscale.checkpoint import capture as captures
+from histoscale.checkpoint.capture import Capture, CapturedBatch, capture_failure, read_capture, write_capture
+from histoscale.checkpoint.fragments import MASTER, Fragment
+from histoscale.checkpoint.reader import load_into
+from histoscale.checkpoint.writer import Snapshot
+from histoscale.cluster import replay as replays
+from histoscale.cluster.replay import ReplayRequest, changed_replicas, replay, split_uri
+from histoscale.cluster.replay_report import (
+    Origin,
+    Replayed,
+    describe_capture,
+    describe_reading,
+    describe_rerun,
+    diagnose,
+    find_origin,
+    tile_facts,
+)
+from histoscale.cluster.run_folder import start_run
+from histoscale.config.decode import fingerprint
+from histoscale.config.recipe import Recipe
+from histoscale.errors import CheckpointError, ClusterError, NonFiniteError, StorageError
+from histoscale.storage import open_store
+from histoscale.storage.local import LocalStore
+from histoscale.storage.store import Store
+from histoscale.stream.faults import Fault, Quarantined
+from histoscale.stream.feed import MicroBatch
+from histoscale.train.objective import Inputs
+from histoscale.train.rerun import Audit, BadOutput, Rerun, Seen, _Watch
+
+SHAPES = {"a.weight": (2, 3)}
+FAILURE = NonFiniteError(
+    "the loss is not finite", value="dino nan", remedy="old advice", measured={"dino": math.nan, "kde": 1.5}
+)
+FAULT = Fault(7, 0, "f" * 32, "blur", whole_slide=False)
+TILES = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "run")
+
+
+def snapshot(step: int = 3, recipe: str = "recipe") -> Snapshot:
+    weights = torch.arange(6.0)
+    fragments = {"a.weight": Fragment(0, 6, (2, 3), {MASTER: weights})}
+    quarantine = (Quarantined("e" * 32, 1, "gone"),)
+    return Snapshot(step, 8 * step, recipe, fragments, SHAPES, [], {"workers": "1"}, quarantine, "teacher")
+
+
+def batch(replica: int = 0) -> CapturedBatch:
+    ids = np.array([6, 7]) + 2 * replica
+    return CapturedBatch.of(replica, ids, TILES + replica, [FAULT])
+
+
+def write(store: Store, step: int = 3, recipe: str = "recipe") -> str:
+    return write_capture(store, snapshot(step, recipe), [batch(1), batch(0)], FAILURE)
+
+
+# On disk.
+
+
+def test_a_capture_comes_back_as_it_was_written(store: Store) -> None:
+    capture = read_capture(store, write(store))
+    assert [entry.replica for entry in capture.micro_batches] == [0, 1]
+    assert capture.micro_batches[0] == batch(0)
+    assert capture.micro_batches[0].samples == ((6, 2),)
+    assert capture.micro_batches[0].faults == (FAULT,)
+    assert math.isnan(capture.measured["dino"])
+    assert capture.measured["kde"] == 1.5
+    assert capture.message == str(FAILURE)
+    state = capture.state
+    assert (state.step, state.images_seen, state.fingerprint, state.teacher) == (3, 24, "recipe", "teacher")
+    assert state.quarantine == snapshot().quarantine
+    held = {"a.weight": Fragment(0, 6, (2, 3), {MASTER: torch.zeros(6)})}
+    load_into(store, state, held, SHAPES)
+    assert torch.equal(held["a.weight"].tensors[MASTER], torch.arange(6.0))
+
+
+def test_its_json_is_json_for_everybody(store: Store) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    data = store.get(write(store) + "capture.json")
+    assert json.loads(data, parse_constant=refuse)["measured"] == {"dino": "nan", "kde": "1.5"}
+
+
+def test_the_two_newest_are_kept_whatever_their_steps(store: Store) -> None:
+    written = [write(store, step) for step in (9, 5, 7)]
+    store.put("captures/step-00000008.torn/manifest.json", b"{}")
+    written.append(write(store, 4))
+    folders = {info.key.rpartition("/")[0] + "/" for info in store.list("captures")}
+    assert folders == {written[2], written[3]}
+
+
+def test_what_cannot_be_removed_is_told_and_does_no_harm(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: LocalStore, prefix: str) -> None:
+        raise StorageError("no deleting here")
+
+    monkeypatch.setattr(LocalStore, "delete_prefix", refuse)
+    with caplog.at_level(logging.WARNING):
+        written = [write(store, step) for step in (1, 2, 3)]
+    assert "old captures could not be removed: no deleting here" in caplog.text
+    assert [read_capture(store, folder).state.step for folder in written] == [1, 2, 3]
+
+
+def test_the_failure_names_the_capture_and_the_command(store: Store) -> None:
+    error = capture_failure(store, snapshot(), [batch()], FAILURE)
+    [folder] = (Path(store.uri) / "captures").iterdir()
+    assert str(error).startswith("the loss is not finite (got 'dino nan'). The step is captured: ")
+    assert f"run `python jobs/doctor.py --replay {folder} --index INDEX`." in str(error)
+    assert error.measured["kde"] == 1.5
+
+
+def test_without_a_capture_the_failure_comes_out_with_a_note(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: LocalStore, path: Path, key: str) -> None:
+        raise StorageError("the bucket is full")
+
+    monkeypatch.setattr(LocalStore, "upload", full)
+    error = capture_failure(store, snapshot(), [batch()], FAILURE)
+    expected = "Old advice. No capture of the step could be written: the bucket is full."
+    assert str(error) == f"the loss is not finite (got 'dino nan'). {expected}"
+
+
+def test_a_full_scratch_disk_is_a_diagnosis(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(captures, "write_shard", full)
+    with pytest.raises(StorageError, match=r"this rank's state could not be written .*got 'OSError'"):
+        write(store)
+
+
+def test_a_capture_that_was_cut_short_is_refused(store: Store) -> None:
+    folder = write(store)
+    with pytest.raises(CheckpointError, match=r"there is no whole capture at .*got 'nothing'"):
+        read_capture(store, "captures/step-00000099.00000000")
+    shard = Path(store.uri) / folder / "rank-0-of-1.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match=r"the capture is torn: .*rank-0-of-1.safetensors is truncated"):
+        read_capture(store, folder)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"rank-0-of-1.safetensors is missing"):
+        read_capture(store, folder)
+    store.delete(folder + "capture.json")
+    with pytest.raises(CheckpointError, match=r"got '1 files without capture.json'"):
+        read_capture(store, folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda values: values | {"format": 99}, "another version of histoscale"),
+        (lambda values: [], "is damaged"),
+        (lambda values: values | {"micro_batches": [{}]}, "is damaged"),
+        (lambda values: values | {"measured": {"dino": "much"}}, "is damaged"),
+        (lambda values: values | {"state": {"step": 3}}, "is damaged"),
+    ],
+)
+def test_a_damaged_capture_is_refused(store: Store, spoil: Any, said: str) -> None:
+    key = write(store) + "capture.json"
+    store.put(key, json.dumps(spoil(json.loads(store.get(key)))).encode())
+    with pytest.raises(CheckpointError, match=said):
+        read_capture(store, key.removesuffix("/capture.json"))
+    store.put(key, b"{")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_capture(store, key.removesuffix("capture.json"))
+
+
+def test_what_was_measured_travels_with_the_error() -> None:
+    assert pickle.loads(pickle.dumps(FAILURE)).measured["kde"] == 1.5
+
+
+# What a replay refuses.
+
+
+@pytest.mark.parametrize("uri", ["/runs/a", "captures/step-1.a", "/runs/a/captures/", "/runs/captures/x/y", ""])
+def test_other_places_are_no_captures(uri: str) -> None:
+    with pytest.raises(CheckpointError, match="this is not the place of a capture"):
+        split_uri(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://b/runs/a/captures/step-1.f", "s3://b/runs/a/captures/step-1.f/"])
+def test_a_capture_lies_in_its_run_folder(uri: str) -> None:
+    assert split_uri(uri) == ("s3://b/runs/a", "captures/step-1.f")
+
+
+def test_a_gpu_that_is_not_there_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = Recipe()
+    start_run(store, recipe, "/index", "0" * 16)
+    place = f"{store.uri}/{write(store, recipe=fingerprint(recipe))}"
+    with pytest.raises(ClusterError, match="this machine has no CUDA device"):
+        next(replay(ReplayRequest(place, "/index", "cuda")))
+
+
+def test_a_state_that_does_not_fit_is_refused_with_a_remedy_of_its_own(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Trainer:
+        def restore(self, state: object) -> None:
+            raise CheckpointError("a shard is corrupt", remedy="delete the marker")
+
+    monkeypatch.setattr(replays, "build_trainer", lambda *arguments: Trainer())
+    capture = read_capture(store, write(store))
+    with pytest.raises(CheckpointError, match=r"cannot be restored: a shard is corrupt\. Replay it with the version"):
+        replays._rerun(store, Recipe(), capture, [], torch.device("cpu"))
+
+
+def test_tiles_that_are_others_now_are_found_by_replica(store: Store) -> None:
+    capture = read_capture(store, write(store))
+    now = [_micro_batch(0, TILES), _micro_batch(1, TILES + 1)]
+    assert changed_replicas(capture, now) == []
+    assert changed_replicas(capture, [now[0], _micro_batch(1, TILES)]) == [1]
+    assert describe_reading(now, []) == "tiles: 4 of 2 replicas read again, pixel by pixel those of the run"
+    assert "; replica 1 differ from what the run saw" in describe_reading(now, [1])
+
+
+def _micro_batch(replica: int, tiles: Any) -> MicroBatch:
+    ids = np.array([6, 7]) + 2 * replica
+    return MicroBatch(replica, ids, tiles, np.array([0.5, 0.5]), np.array([0, 1], np.int32))
+
+
+# What is seen of a step.
+
+
+class Squares:
+    """Two terms of a network's output, the second one rooted; its teacher doubles."""
+
+    names, weights = ("plain", "rooted"), (1.0, 1.0)
+
+    def __init__(self, teacher: nn.Module) -> None:
+        self.teacher = teacher
+        self.centers: dict[str, Tensor] = {"a": torch.zeros(1)}
+        self.advanced = 0
+
+    def mask(self, sample_ids: Any) -> Any:
+        return np.ones((len(sample_ids), 1), np.bool_)
+
+    def targets(self, inputs: Any, temperature: float) -> list[Tensor]:
+        return [self.teacher(each.views.global_crops) for each in inputs]
+
+    def losses(self, forward: Any, inputs: Inputs, targets: Tensor) -> Tensor:
+        out = forward(inputs.views.global_crops)
+        return torch.stack([(out - targets).square().mean(), out.square().sum().sqrt(), torch.zeros(())])
+
+    def advance(self) -> None:
+        self.advanced += 1
+
+
+def inputs_of(replica: int, value: float) -> Inputs:
+    return Inputs(replica, Views(torch.full((2, 1), value), None), torch.ones(2, 1, dtype=torch.bool))
+
+
+def watched(values: list[float], bias: float = 1.0) -> Seen:
+    """A step of a student of two layers over one replica per value."""
+    student, teacher = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), nn.Sequential(nn.Linear(1, 1))
+    for layer in (*student, *teacher):
+        nn.init.ones_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    nn.init.constant_(teacher[0].bias, bias)
+    objective = Squares(teacher)
+    watch = _Watch(objective)
+    inputs = [inputs_of(10 + place, value) for place, value in enumerate(values)]
+    with watch.modules(), watch.gradients_of(student):
+        for each, target in zip(inputs, watch.targets(inputs, 1.0), strict=True):
+            watch.losses(student, each, target).sum().backward()
+    student(torch.full((2, 1), math.inf))
+    watch.advance()
+    assert (watch.names, watch.weights, watch.centers) == (objective.names, objective.weights, objective.centers)
+    assert (objective.advanced, watch.mask(np.arange(2)).shape) == (1, (2, 1))
+    return watch.seen
+
+
+def rerun(seen: Seen, failure: NonFiniteError | None = FAILURE, precision: str = "fp32") -> Rerun:
+    return Rerun(precision, failure, {"dino": math.nan, "loss": 2.0}, seen)
+
+
+def test_the_first_module_of_each_network_is_named_with_its_replica() -> None:
+    seen = watched([1.0, 3e38, math.nan])
+    assert seen.outputs == [
+        BadOutput("teacher", 12, "0", input_finite=False),
+        BadOutput("student", 12, "0", input_finite=False),
+    ]
+    assert seen.targets == [12]
+    assert seen.bad_terms(12) == ["plain", "rooted"]
+    origin = find_origin(rerun(seen))
+    assert origin == Origin("the output of the teacher's 0 (its input was not finite: see what feeds it)", (12,))
+
+
+def test_a_term_that_overflows_is_named() -> None:
+    seen = watched([1.0, 3e38])
+    assert not seen.outputs
+    assert seen.bad_terms(10) == []
+    assert find_origin(rerun(seen)) == Origin("the loss rooted, although the outputs were finite", (11,))
+
+
+def test_parameters_are_named_in_the_order_of_the_backward_pass() -> None:
+    seen = watched([1.0, 0.0])
+    assert seen.bad_terms(11) == []
+    [(replica, names)] = seen.gradients.items()
+    assert replica == 11
+    assert {name[0] for name in names[:2]} == {"1"}
+    assert {name[0] for name in names[2:]} == {"0"}
+    origin = find_origin(rerun(seen))
+    assert origin.replicas == (11,)
+    assert origin.place.startswith("the gradient of 1.")
+    assert origin.place.endswith(" and 1 more, in the order of the backward pass")
+
+
+def test_targets_and_norms_are_told_apart_from_outputs() -> None:
+    targets = Seen(targets=[1, 2], terms={1: {"dino": math.nan}})
+    assert find_origin(rerun(targets)) == Origin("the teacher's targets, although its outputs were finite", (1, 2))
+    norm = Seen(largest_gradient=("a.weight", 1e30))
+    assert find_origin(rerun(norm)) == Origin(
+        "the norm of a gradient that is finite but too large: up to 1e+30 in a.weight", ()
+    )
+    assert find_origin(rerun(norm, failure=None)) == Origin("nowhere", ())
+    elsewhere = Seen(outputs=[BadOutput("student", 0, "a", True), BadOutput("student", 1, "b", True)])
+    assert find_origin(rerun(elsewhere)).place == "the output of the student's a (its input was finite), or of b"
+
+
+# What it comes down to.
+
+SOUND = Audit({}, 3, ("a.weight", 2.5))
+FOUND = Replayed(SOUND, rerun(Seen()), None, replicas=4, tiles_changed=False, overrides=())
+SOME = Origin("the loss kde", (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("found", "origin", "cause", "remedy"),
+    [
+        (FOUND, SOME, "only replicas 1, 3 of 4 are affected: the tiles above", "look at these slides"),
+        (FOUND, Origin("x", (0, 1, 2, 3)), "all replicas are affected", "the run diverged"),
+        (FOUND, Origin("x", ()), "all replicas are affected", "the run diverged"),
+        (
+            replace(FOUND, audit=Audit({"fp32": ("a",), "exp_avg_sq": ("a",)}, 3, ("", 0.0))),
+            SOME,
+            "the weights and second moments were not finite before the step",
+            "run the same job again",
+        ),
+        (replace(FOUND, finer=rerun(Seen(), None)), SOME, "fp32 computes this step", "use precision=fp32"),
+        (replace(FOUND, finer=rerun(Seen())), SOME, "only replicas 1, 3 of 4", "look at these slides"),
+    ],
+)
+def test_a_reproduced_failure_gets_its_diagnosis(found: Replayed, origin: Origin, cause: str, remedy: str) -> None:
+    first, diagnosis, advice = diagnose(found, origin)
+    assert first.startswith(f"first: {origin.place}")
+    assert diagnosis.startswith(f"diagnosis: {cause}")
+    assert advice.startswith(f"what to do: {remedy}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({}, "the same state and the same tiles give a finite step here"),
+        ({"tiles_changed": True}, "the tiles that failed are not those that can be read now"),
+        ({"overrides": ("precision=fp32",)}, "with precision=fp32 the step is finite"),
+    ],
+)
+def test_a_failure_that_does_not_come_again_gets_its_diagnosis(changes: dict[str, Any], cause: str) -> None:
+    diagnosis, advice = diagnose(replace(FOUND, rerun=rerun(Seen(), None), **changes), Origin("nowhere", ()))
+    assert diagnosis.startswith(f"diagnosis: {cause}")
+    assert advice.startswith("what to do: ")
+
+
+def test_state_and_capture_are_described(store: Store) -> None:
+    bad = Audit({"ema": ("a", "b", "c", "d")}, 9, ("a.weight", 2.5))
+    assert list(describe_rerun(bad, rerun(Seen(), None), "cpu")) == [
+        "state: 9 parameters, not finite in average: a, b, c and 1 more",
+        "largest weight: 2.5 in a.weight",
+        "again, in fp32 on cpu: finite, so not reproduced (dino nan, loss 2)",
+    ]
+    capture: Capture = read_capture(store, write(store))
+    when, numbers = describe_capture(capture)
+    assert when == f"step 3, captured at {capture.created} by workers 1"
+    assert numbers == "the run said: dino nan, kde 1.5"
+
+
+def test_a_tile_is_told_by_numbers() -> None:
+    tile = np.zeros((2, 2, 3), np.uint8)
+    tile[..., 1] = 9
+    assert tile_facts(5, 2, "ab", 0.5, tile).line() == (
+        "sample 5: slide ab (row 2) at 0.5 um/px (20x), min 0, max 9, mean 0 9 0"
+    )
+    assert tile_facts(5, 2, "ab", 0.5, tile * 0).line().endswith("mean 0 0 0, constant")
