@@ -8,7 +8,7 @@ SEED ?= 0
 SET ?=
 OUT ?= quickstart-run
 
-.PHONY: install quickstart test check bench clean
+.PHONY: install quickstart test test-slow check bench clean
 
 install: $(VENV)/installed
 
@@ -23,7 +23,10 @@ quickstart: install
 	    $(if $(DATASET),--dataset "$(DATASET)") $(if $(SET),--set "$(SET)")
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 check: install
 	$(BIN)/ruff format --check platform jobs tests

@@ -1,4 +1,4 @@
-"""Probe a run's newest checkpoint on labelled tiles, beside the same network untrained and plain colour statistics.
+r"""Probe a run's newest checkpoint on labelled tiles, beside the same network untrained and plain colour statistics.
 
     ray job submit --address http://127.0.0.1:8265 --working-dir . --runtime-env jobs/runtime_env.yaml -- \
         python jobs/evaluate.py --run RUN --dataset DIR

@@ -1,4 +1,4 @@
-"""Export the backbone of a run's newest checkpoint (the EMA teacher) in the layout that timm loads.
+r"""Export the backbone of a run's newest checkpoint (the EMA teacher) in the layout that timm loads.
 
     ray job submit --address http://127.0.0.1:8265 --working-dir . --runtime-env jobs/runtime_env.yaml -- \
         python jobs/export.py --run RUN --format timm --out DIR

@@ -1,4 +1,4 @@
-"""Index slides: what each is, how it is scaled and where its tissue lies; needed once before pretraining.
+r"""Index slides: what each is, how it is scaled and where its tissue lies; needed once before pretraining.
 
     ray job submit --address http://127.0.0.1:8265 --working-dir . --runtime-env jobs/runtime_env.yaml -- \
         python jobs/index.py SLIDES --out INDEX

@@ -1,4 +1,4 @@
-"""Pretrain a backbone on the slides of an index; running the same command again resumes the run.
+r"""Pretrain a backbone on the slides of an index; running the same command again resumes the run.
 
     ray job submit --address http://127.0.0.1:8265 --working-dir . --runtime-env jobs/runtime_env.yaml -- \
         python jobs/pretrain.py --recipe jobs/recipes/quickstart.yaml --index INDEX --out RUN [--set model.arch=vit_s14]

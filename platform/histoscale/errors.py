@@ -11,11 +11,13 @@ HistoscaleError
 ├── RunError           a run folder that is held, or belongs to another recipe
 ├── ModelError         published weights that do not fit the model
 ├── TrainingError      a training step that must not be taken
+│   └── NonFiniteError a loss or a gradient that is no number
 ├── DatasetError       a labelled dataset that is incomplete
 ├── ExportError        an export that cannot be made or proven
 └── ClusterError       a cluster or a job that cannot be used
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -95,6 +97,34 @@ class ModelError(HistoscaleError):
 
 class TrainingError(HistoscaleError):
     """A training step that must not be taken."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or a gradient that is not finite.
+
+    Args:
+        what: As of every error, and `value`, `expected` and `remedy` likewise.
+        value: See above.
+        expected: See above.
+        remedy: See above.
+        measured: What the step measured before it failed: terms of the loss by name, `loss`, `grad_norm`.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        value: object = None,
+        expected: str | None = None,
+        remedy: str | None = None,
+        measured: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(what, value=value, expected=expected, remedy=remedy)
+        self.measured = dict(measured or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, (kind, what, keywords) = super().__reduce__()
+        return rebuild, (kind, what, keywords | {"measured": self.measured})
 
 
 class DatasetError(HistoscaleError):

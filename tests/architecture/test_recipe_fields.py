@@ -12,13 +12,21 @@ from histoscale.config.recipe import Recipe
 PACKAGE = Path(__file__).parents[2] / "platform" / "histoscale"
 
 
+def sections(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections(part)]
+
+
 def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
     names = []
     for name, field in model.model_fields.items():
-        kinds = [field.annotation, *get_args(field.annotation)]
-        nested = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        names += leaves(nested, f"{prefix}{name}.") if nested else [prefix + name]
-    return names
+        nested = sections(field.annotation)
+        for kind in nested:
+            names += leaves(kind, f"{prefix}{name}.")
+        if not nested and name != "kind":  # which says what class the section is
+            names.append(prefix + name)
+    return list(dict.fromkeys(names))
 
 
 def attributes_read() -> set[str]:
@@ -47,5 +55,6 @@ THROUGH_ANOTHER_NAME = {
 def test_every_field_is_read(field: str) -> None:
     read = attributes_read()
     field = field.replace("augment.", "strengths.")  # what `augment/` calls the section beside its own name
-    wanted = THROUGH_ANOTHER_NAME.get(field, field if "." in field else f"recipe.{field}")
+    section_and_name = ".".join(field.split(".")[-2:])
+    wanted = THROUGH_ANOTHER_NAME.get(field, section_and_name if "." in field else f"recipe.{field}")
     assert wanted in read, f"{field} changes nothing"

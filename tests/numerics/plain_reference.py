@@ -57,16 +57,15 @@ def run_plain(recipe: Recipe, steps: int) -> PlainRun:
     """Train `steps` steps in fp32 and return its metrics and its teacher."""
     student = build_ssl_net(recipe)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    matrices = [p for p in student.parameters() if p.ndim >= 2]
-    vectors = [p for p in student.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors}], betas=recipe.optim.betas)
+    groups = [{"params": [parameter], "name": name} for name, parameter in student.named_parameters()]
+    optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas)
     run = PlainRun(initial_teacher=copy_of(teacher))
     for step in range(steps):
         images = (step + 1) * recipe.batch.tiles
-        optimizer.param_groups[0]["weight_decay"] = half_cosine(*recipe.optim.weight_decay, images, recipe)
-        optimizer.param_groups[1]["weight_decay"] = 0.0
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, images)
+            decay = half_cosine(*recipe.optim.weight_decay, images, recipe)
+            group["weight_decay"] = decay if group["params"][0].ndim >= 2 else 0.0
+            group["lr"] = learning_rate(recipe, images) * rate_factor(recipe, group["name"], images)
         metrics = backward(recipe, student, teacher, step, images)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.optim.clip_norm)
         run.metrics.append(metrics | {"grad_norm": float(norm)})
@@ -91,7 +90,7 @@ def backward(recipe: Recipe, student: SSLNet, teacher: SSLNet, step: int, images
     views = [augment(torch.from_numpy(each.tiles), each.sample_ids, recipe) for each in replicas]
     masks = [torch.from_numpy(block_masks(each.sample_ids, recipe.seed, grid, recipe.loss)) for each in replicas]
     with torch.no_grad():
-        seen = [teacher(v.global_crops, None, m, hide_masked=False) for v, m in zip(views, masks, strict=True)]
+        seen = [logits_of(teacher, v.global_crops, None, m, False) for v, m in zip(views, masks, strict=True)]
     start, end = recipe.loss.teacher_temperature
     warmth = min(images / recipe.loss.teacher_temperature_warmup_images, 1.0)
     temperature = start + (end - start) * warmth
@@ -100,7 +99,7 @@ def backward(recipe: Recipe, student: SSLNet, teacher: SSLNet, step: int, images
     sums = {"dino": 0.0, "ibot": 0.0, "kde": 0.0, "loss": 0.0}
     for replica, (view, mask) in enumerate(zip(views, masks, strict=True)):
         torch.manual_seed(key(recipe.seed, "droppath", step, replica))
-        out = student(view.global_crops, view.local_crops, mask)
+        out = logits_of(student, view.global_crops, view.local_crops, mask, True)
         targets = torch.stack([next(ibot_targets) for _ in range(int(mask.sum()))])
         terms = {
             "dino": dino(recipe, out["dino"], torch.stack([next(dino_targets) for _ in range(len(mask))])),
@@ -117,6 +116,32 @@ def backward(recipe: Recipe, student: SSLNet, teacher: SSLNet, step: int, images
         for name, value in terms.items():
             sums[name] += float(value.detach()) / recipe.batch.replicas
     return sums
+
+
+def rate_factor(recipe: Recipe, name: str, images: int) -> float:
+    """Rates fall from block to block towards the input; prototypes stand still at first."""
+    if "prototypes" in name and images <= recipe.optim.freeze_last_layer_images:
+        return 0.0
+    decay, depth = recipe.optim.layer_decay, ARCHS[recipe.model.arch].depth
+    if name.startswith("backbone.blocks."):
+        return decay ** (depth - int(name.split(".")[2]))
+    if name.startswith("backbone.patch_embed."):
+        return decay ** (depth + 1) * recipe.optim.patch_embed_lr
+    if name in ("mask_token", "backbone.cls_token", "backbone.reg_token", "backbone.pos_embed"):
+        return decay ** (depth + 1)
+    return 1.0
+
+
+def logits_of(
+    net: SSLNet, global_crops: Tensor, local_crops: Tensor | None, mask: Tensor, hide: bool
+) -> dict[str, Tensor]:
+    """What the network puts out, with whole logits in place of their factors."""
+    out = net(global_crops, local_crops, mask, hide_masked=hide)
+    return {
+        "cls": out["cls"],
+        "dino": out["dino"] @ out["dino_prototypes"].T,
+        "ibot": out["ibot"] @ out["ibot_prototypes"].T,
+    }
 
 
 def dino(recipe: Recipe, logits: Tensor, targets: Tensor) -> Tensor:

@@ -88,4 +88,7 @@ def test_bf16_run_in_two_parts_equals_the_whole_bit_for_bit(bf16: Path, stage: i
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_follows_fp32(plain: PlainRun, bf16: Path, stage: int) -> None:
     losses = [step["loss"] for step in metrics_of(bf16 / f"whole-{stage}", 0)]
-    assert losses == pytest.approx([step["loss"] for step in plain.metrics], rel=0.02)
+    expected = [step["loss"] for step in plain.metrics]
+    assert losses[0] == pytest.approx(expected[0], rel=0.002), "the same weights"
+    # AdamW's first updates go by the sign of a gradient, so rounding moves small ones the other way.
+    assert losses == pytest.approx(expected, rel=0.03)

@@ -55,6 +55,8 @@ def tiny_recipe(**cluster: int) -> Recipe:
                 "warmup_images": 2 * TILES_PER_STEP,
                 "clip_norm": 1.0,
                 "ema_momentum": [0.8, 1.0],
+                "layer_decay": 0.8,
+                "freeze_last_layer_images": TILES_PER_STEP,
             },
             "schedule": {"images": (STEPS + 2) * TILES_PER_STEP},
             "checkpoint": {"every_steps": 3, "keep_last": 2},
@@ -76,7 +78,10 @@ def _enter(rank: int, workers: int, rendezvous: str, target: Callable[..., None]
     logging.getLogger("histoscale").addHandler(logging.NullHandler())
     ARCHS["vit_test14"] = LIVELY_ARCH
     target(rank, *args)
+    dist.barrier()
     dist.destroy_process_group()
+    # Results are in files. Ending the interpreter in order would race with threads of native libraries, which abort.
+    os._exit(0)
 
 
 def three_workers(rank: int, folder: Path) -> None:
@@ -118,9 +123,15 @@ def train(rank: int, recipe: Recipe, run: Path, stop: int) -> None:
 
     trainer = build_trainer(recipe, torch.device("cpu"), open_store(run))
     start = trainer.resume()
-    metrics = [vars(trainer.step(step, turns(recipe, rank, step))) for step in range(start, stop)]
+    metrics = [flat(trainer.step(step, turns(recipe, rank, step))) for step in range(start, stop)]
     trainer.save(stop)
     (run / f"metrics-{start}-rank-{rank}.json").write_text(json.dumps(metrics))
+
+
+def flat(metrics: Any) -> dict[str, Any]:
+    """The metrics of a step with its terms among them."""
+    values = dict(vars(metrics))
+    return values | values.pop("terms")
 
 
 def turns(recipe: Recipe, rank: int, step: int) -> list[Any]:
@@ -161,8 +172,10 @@ def misbehave(rank: int, stage: int, folder: Path) -> None:
     (folder / f"report-{stage}-rank-{rank}.json").write_text(json.dumps(report))
 
 
-def _poisoned(forward: Callable[..., dict[str, Tensor]], case: str, *inputs: Tensor) -> dict[str, Tensor]:
-    outputs = forward(*inputs)
+def _poisoned(
+    forward: Callable[..., dict[str, Tensor]], case: str, *inputs: Tensor, hide_masked: bool
+) -> dict[str, Tensor]:
+    outputs = forward(*inputs, hide_masked=hide_masked)
     if case == "loss":
         return outputs | {"dino": outputs["dino"] * math.nan}
     outputs["dino"].register_hook(lambda gradient: gradient * math.inf)

@@ -1,16 +1,15 @@
 """Each objective against loops written from its definition, in fp64."""
 
 import math
-import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from histoscale.objectives import dino_loss, ibot_loss, kde_loss, sinkhorn
+from histoscale.objectives import Assignment, dino_loss, ibot_loss, kde_loss, koleo_loss, mean_cosine
 
-TILES, PROTOTYPES = 3, 5
+TILES, PROTOTYPES, WIDTH = 3, 5, 4
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +21,24 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return torch.nn.functional.normalize(normal(*shape, seed=seed), dim=-1)
+
+
+def teacher(rows: int, dtype: torch.dtype = torch.float64) -> Assignment:
+    features, prototypes = unit(rows, WIDTH, seed=1), unit(PROTOTYPES, WIDTH, seed=2)
+    return Assignment(features.to(dtype), prototypes.to(dtype), 0.05, normal(PROTOTYPES, seed=3))
+
+
 def cross_entropy(logits: Tensor, target: Tensor, temperature: float) -> float:
     exponentials = [math.exp(value / temperature) for value in logits.tolist()]
     return -sum(
         share * math.log(value / sum(exponentials)) for share, value in zip(target.tolist(), exponentials, strict=True)
     )
+
+
+def cosine(x: list[float], y: list[float]) -> float:
+    return sum(a * b for a, b in zip(x, y, strict=True)) / math.hypot(*x) / math.hypot(*y)
 
 
 def some_mask() -> Tensor:
@@ -35,68 +47,96 @@ def some_mask() -> Tensor:
     return mask
 
 
-def mean_cosine(features: Tensor) -> float:
-    unit = torch.nn.functional.normalize(features, dim=-1)
-    count = len(features)
-    return ((unit @ unit.T).sum().item() - count) / (count * (count - 1))
-
-
 @pytest.mark.parametrize("local_count", [0, 1, 8])
 def test_dino_is_the_mean_over_all_pairs_of_different_crops(local_count: int) -> None:
-    logits = normal((2 + local_count) * TILES, PROTOTYPES)
-    teacher = torch.softmax(normal(2 * TILES, PROTOTYPES, seed=1), dim=-1)
+    features, prototypes = unit((2 + local_count) * TILES, WIDTH), unit(PROTOTYPES, WIDTH, seed=4)
+    targets = teacher(2 * TILES)
+    probs, logits = targets.probs(slice(None)), features @ prototypes.T
     terms = []
     for tile in range(TILES):
         for student_crop in range(2 + local_count):
             for teacher_crop in range(2):
                 if student_crop != teacher_crop:
                     student_row = logits[student_crop * TILES + tile]
-                    terms.append(cross_entropy(student_row, teacher[teacher_crop * TILES + tile], 0.1))
+                    terms.append(cross_entropy(student_row, probs[teacher_crop * TILES + tile], 0.1))
     assert len(terms) == TILES * (2 + 2 * local_count)
-    assert dino_loss(logits, teacher, local_count, 0.1).item() == pytest.approx(sum(terms) / len(terms), rel=1e-12)
+    got = dino_loss(features, prototypes, targets, local_count, 0.1).item()
+    assert got == pytest.approx(sum(terms) / len(terms), rel=1e-12)
 
 
 def test_ibot_averages_in_each_crop_and_divides_by_all_crops() -> None:
     mask = some_mask()
-    logits, teacher = normal(6, PROTOTYPES), torch.softmax(normal(6, PROTOTYPES, seed=1), dim=-1)
+    features, prototypes, targets = unit(6, WIDTH), unit(PROTOTYPES, WIDTH, seed=4), teacher(6)
+    probs, logits = targets.probs(slice(None)), features @ prototypes.T
     expected, row = 0.0, 0
     for crop in range(2 * TILES):
         hidden = int(mask[crop].sum())
         for _ in range(hidden):
-            expected += cross_entropy(logits[row], teacher[row], 0.1) / hidden / (2 * TILES)
+            expected += cross_entropy(logits[row], probs[row], 0.1) / hidden / (2 * TILES)
             row += 1
-    assert ibot_loss(logits, teacher, mask, 0.1).item() == pytest.approx(expected, rel=1e-12)
+    assert ibot_loss(features, prototypes, targets, mask, 0.1).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_ibot_without_masked_patches_is_zero_and_has_a_gradient() -> None:
-    logits = torch.zeros(0, PROTOTYPES, requires_grad=True)
-    loss = ibot_loss(logits, torch.zeros(0, PROTOTYPES), torch.zeros(4, 9, dtype=torch.bool), 0.1)
+    features = torch.zeros(0, WIDTH, dtype=torch.float64, requires_grad=True)
+    prototypes = unit(PROTOTYPES, WIDTH).requires_grad_()
+    loss = ibot_loss(features, prototypes, teacher(0), torch.zeros(4, 9, dtype=torch.bool), 0.1)
     loss.backward()
     assert loss.item() == 0.0
-    assert logits.grad is not None
+    assert features.grad is not None
+    assert prototypes.grad is not None
+    assert not prototypes.grad.any()
 
 
-def test_kde_is_the_mean_log_density_on_the_other_features() -> None:
-    cls, kappa = normal(7, 4), 5.0
-    unit = [[value / math.dist(row, [0.0] * 4) for value in row] for row in cls.tolist()]
+@pytest.mark.parametrize("group", [None, 6, 3, 2])
+def test_kde_is_the_mean_log_density_on_the_other_features_of_the_group(group: int | None) -> None:
+    cls, kappa, size = normal(6, WIDTH), 5.0, group or 6
+    rows = cls.tolist()
     total = 0.0
-    for i, x in enumerate(unit):
+    for i, x in enumerate(rows):
         density = 0.0
-        for j, y in enumerate(unit):
-            if i != j:
-                density += math.exp(kappa * sum(a * b for a, b in zip(x, y, strict=True)))
-        total += math.log(density / 6)
-    assert kde_loss(cls, kappa).item() == pytest.approx(total / 7, rel=1e-12)
+        for j, y in enumerate(rows):
+            if i != j and i // size == j // size:
+                density += math.exp(kappa * cosine(x, y))
+        total += math.log(density / (size - 1))
+    assert kde_loss(cls, kappa, group).item() == pytest.approx(total / 6, rel=1e-12)
+
+
+@pytest.mark.parametrize("group", [None, 6, 3, 2])
+def test_koleo_is_the_mean_log_distance_to_the_nearest_feature_of_the_group(group: int | None) -> None:
+    cls, size = normal(6, WIDTH), group or 6
+    rows = [[value / math.hypot(*row) for value in row] for row in cls.tolist()]
+    total = 0.0
+    for i, x in enumerate(rows):
+        nearest = min(math.dist(x, y) for j, y in enumerate(rows) if i != j and i // size == j // size)
+        total -= math.log(nearest + 1e-8)
+    assert koleo_loss(cls, group).item() == pytest.approx(total / 6, rel=1e-12)
+
+
+def test_koleo_pushes_the_nearest_features_apart() -> None:
+    cls = torch.tensor([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(koleo_loss(cls), cls)
+    moved = (cls - 0.01 * gradient).detach()
+    assert cosine(*moved[:2].tolist()) < cosine(*cls.detach()[:2].tolist())
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_mean_cosine_is_that_of_all_different_features(shift: float) -> None:
+    cls = normal(7, WIDTH) + shift
+    rows = cls.tolist()
+    pairs = [cosine(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]
+    assert mean_cosine(cls).item() == pytest.approx(sum(pairs) / len(pairs), rel=1e-12)
 
 
 @pytest.mark.parametrize(("sign", "falls"), [(1.0, True), (-1.0, False)])
 def test_the_sign_of_kde_decides_whether_features_part_or_collapse(sign: float, falls: bool) -> None:
     cls = (normal(24, 8) + 0.5).requires_grad_()
-    before = mean_cosine(cls)
-    for _ in range(20):
+    before = mean_cosine(cls).item()
+    for _ in range(200):
         (gradient,) = torch.autograd.grad(sign * kde_loss(cls, 5.0), cls)
-        cls = (cls - 0.5 * gradient).detach().requires_grad_()
-    assert (mean_cosine(cls) < before - 0.05) if falls else (mean_cosine(cls) > before + 0.05)
+        cls = (cls - 2.0 * gradient).detach().requires_grad_()
+    after = mean_cosine(cls).item()
+    assert (after < 0.0 < before - 0.05) if falls else (after > 0.99)
 
 
 def test_kde_of_equal_features_is_kappa_and_finite_in_its_gradient() -> None:
@@ -108,87 +148,44 @@ def test_kde_of_equal_features_is_kappa_and_finite_in_its_gradient() -> None:
     assert bool(cls.grad.isfinite().all())
 
 
+def test_koleo_of_equal_features_is_finite_and_so_is_its_gradient() -> None:
+    cls = torch.ones(4, 3, requires_grad=True)
+    loss = koleo_loss(cls)
+    loss.backward()
+    assert loss.item() == pytest.approx(-math.log(1e-8), rel=1e-6)
+    assert cls.grad is not None
+    assert bool(cls.grad.isfinite().all())
+
+
 @pytest.mark.parametrize(
-    ("loss", "shape"),
+    ("loss", "rows"),
     [
-        (lambda x: dino_loss(x, torch.softmax(normal(6, PROTOTYPES, seed=1), dim=-1), 2, 0.3), (12, PROTOTYPES)),
-        (lambda x: ibot_loss(x, torch.softmax(normal(6, 5, seed=1), dim=-1), some_mask(), 0.3), (6, PROTOTYPES)),
-        (lambda x: kde_loss(x, 5.0), (6, 4)),
+        (lambda x, p: dino_loss(x, p, teacher(6), 2, 0.3), 12),
+        (lambda x, p: ibot_loss(x, p, teacher(6), some_mask(), 0.3), 6),
     ],
-    ids=["dino", "ibot", "kde"],
+    ids=["dino", "ibot"],
 )
-def test_gradients_are_those_of_finite_differences(loss: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> None:
-    assert torch.autograd.gradcheck(loss, (normal(*shape, seed=2).requires_grad_(),))
+def test_gradients_of_predictions_are_those_of_finite_differences(
+    loss: Callable[[Tensor, Tensor], Tensor], rows: int
+) -> None:
+    leaves = (unit(rows, WIDTH, seed=5).requires_grad_(), unit(PROTOTYPES, WIDTH, seed=6).requires_grad_())
+    assert torch.autograd.gradcheck(loss, leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_of_narrow_tensors_come_in_fp32(dtype: torch.dtype) -> None:
-    logits = normal(12, PROTOTYPES).to(dtype)
-    teacher = torch.softmax(normal(6, PROTOTYPES, seed=1), dim=-1).float()
-    exact = dino_loss(logits.double(), teacher.double(), 2, 0.1).item()
-    got = dino_loss(logits, teacher, 2, 0.1)
-    assert got.dtype == kde_loss(logits, 5.0).dtype == torch.float32
-    assert got.item() == pytest.approx(exact, rel=1e-5)
+@pytest.mark.parametrize("group", [None, 3])
+@pytest.mark.parametrize("loss", [lambda x, group: kde_loss(x, 5.0, group), koleo_loss], ids=["kde", "koleo"])
+def test_gradients_of_spread_are_those_of_finite_differences(
+    loss: Callable[[Tensor, int | None], Tensor], group: int | None
+) -> None:
+    assert torch.autograd.gradcheck(lambda x: loss(x, group), (normal(6, WIDTH, seed=2).requires_grad_(),))
 
 
-def sinkhorn_by_loops(logits: Tensor, temperature: float, iterations: int) -> list[list[float]]:
-    """The definition: a K x B plan of total mass 1, rows (prototypes) to 1 / K, columns (samples) to 1 / B."""
-    samples, prototypes = logits.shape
-    plan = [[math.exp(logits[b, k].item() / temperature) for b in range(samples)] for k in range(prototypes)]
-    mass = sum(map(sum, plan))
-    plan = [[value / mass for value in row] for row in plan]
-    for _ in range(iterations):
-        plan = [[value / sum(row) / prototypes for value in row] for row in plan]
-        columns = [sum(row[b] for row in plan) for b in range(samples)]
-        plan = [[row[b] / columns[b] / samples for b in range(samples)] for row in plan]
-    return [[plan[k][b] * samples for k in range(prototypes)] for b in range(samples)]
-
-
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_sinkhorn_is_alternate_normalisation(iterations: int) -> None:
-    logits = torch.tanh(normal(9, PROTOTYPES))
-    expected = torch.tensor(sinkhorn_by_loops(logits, 0.07, iterations), dtype=torch.float64)
-    torch.testing.assert_close(sinkhorn(logits, 0.07, iterations, 9), expected, rtol=1e-10, atol=1e-12)
-
-
-def test_sinkhorn_in_the_limit_uses_all_prototypes_alike() -> None:
-    plan = sinkhorn(torch.tanh(normal(40, PROTOTYPES)).float(), 0.5, 200, 40)
-    assert plan.dtype == torch.float32
-    torch.testing.assert_close(plan.sum(dim=1), torch.ones(40))
-    torch.testing.assert_close(plan.sum(dim=0), torch.full((PROTOTYPES,), 8.0))
-
-
-@pytest.mark.parametrize("rows", [[9], [4, 5], [2, 0, 7], [0, 9]])
-def test_sinkhorn_over_ranks_equals_one_over_all_rows(rows: list[int]) -> None:
-    logits = torch.tanh(normal(9, PROTOTYPES))
-    barrier, shared = threading.Barrier(len(rows)), [torch.zeros(0)] * len(rows)
-    plans = [torch.zeros(0)] * len(rows)
-
-    def run(rank: int, share: Tensor) -> None:
-        def all_reduce(sums: Tensor) -> Tensor:
-            shared[rank] = sums.clone()
-            barrier.wait(timeout=30)
-            sums.copy_(torch.stack(shared).sum(dim=0))
-            barrier.wait(timeout=30)
-            return sums
-
-        plans[rank] = sinkhorn(share, 0.07, 3, 9, all_reduce)
-
-    threads = [threading.Thread(target=run, args=item) for item in enumerate(logits.split(rows))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [len(plan) for plan in plans] == rows
-    torch.testing.assert_close(torch.cat(plans), sinkhorn(logits, 0.07, 3, 9), rtol=1e-12, atol=1e-12)
-
-
-def test_sinkhorn_of_no_rows_at_all_is_empty() -> None:
-    assert sinkhorn(torch.zeros(0, PROTOTYPES), 0.07, 3, 0).shape == (0, PROTOTYPES)
-
-
-def test_sinkhorn_leaves_its_input_alone_and_carries_no_gradient() -> None:
-    logits = torch.tanh(normal(4, PROTOTYPES)).requires_grad_()
-    before = logits.detach().clone()
-    assert not sinkhorn(logits, 0.07, 3, 4).requires_grad
-    assert torch.equal(logits.detach(), before)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_losses_of_narrow_tensors_come_in_fp32(dtype: torch.dtype, tolerance: float) -> None:
+    features, prototypes = unit(12, WIDTH).to(dtype), unit(PROTOTYPES, WIDTH, seed=4).to(dtype)
+    targets = teacher(6, dtype)
+    wide = Assignment(targets.features_ME.double(), targets.prototypes_KE.double(), 0.05, targets.log_potentials_K)
+    exact = dino_loss(features.double(), prototypes.double(), wide, 2, 0.1).item()
+    got = dino_loss(features, prototypes, targets, 2, 0.1)
+    assert {got.dtype, kde_loss(features, 5.0).dtype, koleo_loss(features).dtype} == {torch.float32}
+    assert got.item() == pytest.approx(exact, rel=tolerance)

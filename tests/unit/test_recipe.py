@@ -101,6 +101,8 @@ def test_every_problem_of_a_file_is_reported_at_once_with_the_nearest_name() -> 
         ({"crops": {"window": {"kind": "random_resized", "local_scale": [0.3, 0.1]}}}, "local_scale must be"),
         ({"crops": {"window": {"kind": "random_resized", "scale": [0.9, 1.1]}}}, "scale is not a field"),
         ({"crops": {"window": {"kind": "centre"}}}, "'extended_context', 'random_resized'"),
+        ({"crops": {"window": 3}}, "'extended_context', 'random_resized'"),
+        ({"crops": {"window": {"kind": "random_resized", "local_scal": [0, 1]}}}, "nearest: .*local_scale"),
         ({"crops": {"poses": "turns"}}, "crops.poses = 'turns'"),
         ({"augment": {"hed_p": 1.5}}, "augment.hed_p = 1.5"),
         ({"augment": {"hed_strength": -0.1}}, "augment.hed_strength = -0.1"),
@@ -132,7 +134,7 @@ def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -
 
 
 def test_overrides_are_typed_like_the_file() -> None:
-    window = "crops.window={kind: extended_context, scale: [0.8, 1.0]}"
+    window = "crops.window.scale=[0.8, 1.0]"
     recipe = decode_recipe({}, ["model.arch=vit_s14", "loss.kde_weight=0", window])
     assert (recipe.model.arch, recipe.loss.kde_weight) == ("vit_s14", 0.0)
     assert recipe.crops.window == ExtendedContext(scale=(0.8, 1.0))

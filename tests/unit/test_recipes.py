@@ -1,6 +1,6 @@
 """The recipes that come along: what they claim in their heads and in docs/recipes.md is what they hold.
 
-Costs and memory are computed here from the shapes of the models, by the rules that docs/recipes.md states.
+Costs are computed here from the shapes of the models, by the rules that docs/recipes.md states, and memory is forecast.
 """
 
 import math
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
 
 from histoscale.config.archs import ARCHS, Arch
 from histoscale.config.decode import decode_recipe, load_recipe
 from histoscale.config.recipe import ExtendedContext, RandomResized, Recipe
+from histoscale.train.memory import forecast
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {path.stem: path for path in sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))}
@@ -138,22 +140,6 @@ def parameters(recipe: Recipe) -> int:
     return arch.depth * block_multiplications(arch) + (heads[0] if recipe.heads.shared else sum(heads))
 
 
-def state_bytes(recipe: Recipe, teacher: Recipe) -> float:
-    """Of one GPU under ZeRO 2: both networks in bf16, and its fp32 share of gradients, weights, moments and average."""
-    own = parameters(recipe)
-    return 2 * own + 2 * parameters(teacher) + 20 * own / recipe.cluster.workers
-
-
-def activation_bytes(recipe: Recipe) -> float:
-    """Of one micro-batch: what the student's blocks keep in bf16 for the backward pass."""
-    arch, crops = ARCHS[recipe.model.arch], recipe.crops
-    sides = [crops.global_px] * 2 + [crops.local_px] * crops.local_count
-    tokens = sum((side // arch.patch_px) ** 2 + 1 + arch.registers for side in sides)
-    dropped = recipe.model.drop_path
-    kept = (1 - dropped) * (24 * arch.width + (8 if arch.ffn == "swiglu" else 4) * arch.ffn_hidden)
-    return recipe.batch.per_replica * tokens * arch.depth * (kept + (2 * arch.width if dropped else 0))
-
-
 def loaded(name: str) -> tuple[Recipe, Recipe]:
     """A recipe, and that of its teacher."""
     return load_recipe(RECIPES[name]), load_recipe(RECIPES[TEACHERS.get(name, name)])
@@ -240,10 +226,11 @@ def test_cost_and_memory_are_what_the_shapes_give(name: str) -> None:
         assert float(high.replace(",", "")) == pytest.approx(hours / 0.21, rel=0.02)
     for low, high, gpus in re.findall(r"(\d+) to (\d+) days on (\d+) H100", parts["Cost"]):
         assert [int(low), int(high)] == [round(hours / share / 24 / int(gpus)) for share in (0.39, 0.21)]
-    memory = parts["Memory"]
-    assert number(memory, r"([\d.]+) GB of state") == pytest.approx(state_bytes(recipe, teacher) / 1e9, abs=0.051)
-    assert number(memory, r"([\d.]+) GB of activations") == pytest.approx(activation_bytes(recipe) / 1e9, abs=0.051)
-    assert number(memory, r"at (\d+) workers?") == recipe.cluster.workers
+    memory, arch = parts["Memory"], ARCHS[recipe.model.arch]
+    workers, stage = recipe.cluster.workers, recipe.cluster.zero_stage
+    told = forecast(recipe, arch, workers, stage, torch.bfloat16, teacher=ARCHS[teacher.model.arch])
+    assert number(memory, r"computed: ([\d.]+) GB a GPU") == pytest.approx(told.total_bytes / 1e9, abs=0.051)
+    assert number(memory, r"at (\d+) workers?") == workers
 
 
 def test_the_two_shares_of_the_peak_come_from_published_runs() -> None:

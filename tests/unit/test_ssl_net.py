@@ -7,7 +7,7 @@ import torch
 
 from histoscale.config.recipe import Recipe
 from histoscale.models import SSLNet, build_ssl_net
-from histoscale.objectives import dino_loss, ibot_loss, kde_loss
+from histoscale.objectives import Assignment, dino_loss, ibot_loss, kde_loss
 
 TILES, LOCALS = 3, 2
 
@@ -17,7 +17,13 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def tiny_recipe(seed: int = 0, **model: Any) -> Recipe:
+def targets_of(rows: int, prototypes: int) -> Assignment:
+    features, others = torch.randn(rows, 8), torch.randn(prototypes, 8)
+    unit = torch.nn.functional.normalize
+    return Assignment(unit(features, dim=-1), unit(others, dim=-1), 0.05, torch.zeros(prototypes))
+
+
+def tiny_recipe(seed: int = 0, shared: bool = False, **model: Any) -> Recipe:
     return Recipe.model_validate(
         {
             "seed": seed,
@@ -25,6 +31,7 @@ def tiny_recipe(seed: int = 0, **model: Any) -> Recipe:
             "batch": {"tiles": 12, "replicas": 4},
             "model": {"arch": "vit_test14", "drop_path": 0.0} | model,
             "heads": {
+                "shared": shared,
                 "dino_prototypes": 40,
                 "ibot_prototypes": 24,
                 "hidden_dim": 20,
@@ -61,11 +68,28 @@ def test_outputs_are_those_of_backbone_and_heads_one_by_one() -> None:
         local_tokens = net.backbone(local_crops)
         patches = [tokens[image, 2 + patch] for image, patch in mask.nonzero().tolist()]
         torch.testing.assert_close(out["cls"], tokens[:, 0])
-        torch.testing.assert_close(out["dino"][:6], net.dino_head(tokens[:, 0]))
-        torch.testing.assert_close(out["dino"][6:], net.dino_head(local_tokens[:, 0]))
-        torch.testing.assert_close(out["ibot"], net.ibot_head(torch.stack(patches)))
-    assert out["dino"].shape == (12, 40)
-    assert out["ibot"].shape == (5, 24)
+        torch.testing.assert_close(out["dino"][:6], net.dino_head(tokens[:, 0])[0])
+        torch.testing.assert_close(out["dino"][6:], net.dino_head(local_tokens[:, 0])[0])
+        torch.testing.assert_close(out["ibot"], net.ibot_head(torch.stack(patches))[0])
+    shapes = {name: tuple(tensor.shape) for name, tensor in out.items()}
+    assert shapes == {
+        "cls": (6, 32),
+        "dino": (12, 12),
+        "dino_prototypes": (40, 12),
+        "ibot": (5, 10),
+        "ibot_prototypes": (24, 10),
+    }
+
+
+def test_a_shared_head_projects_class_tokens_and_patches() -> None:
+    net = build_ssl_net(tiny_recipe(shared=True)).eval()
+    global_crops, local_crops, mask = crops()
+    with torch.no_grad():
+        out = net(global_crops, local_crops, mask)
+        patches = net.backbone(global_crops, mask, net.mask_token)[:, 2:][mask]
+        torch.testing.assert_close(out["ibot"], net.dino_head(patches)[0])
+    assert not any(name.startswith("ibot_head") for name, _ in net.named_parameters())
+    assert out["ibot_prototypes"] is out["dino_prototypes"]
 
 
 def test_the_teacher_sees_the_patches_that_the_student_does_not() -> None:
@@ -75,7 +99,7 @@ def test_the_teacher_sees_the_patches_that_the_student_does_not() -> None:
         teacher = net(global_crops, None, mask, hide_masked=False)
         tokens = net.backbone(global_crops)
         torch.testing.assert_close(teacher["cls"], tokens[:, 0])
-        torch.testing.assert_close(teacher["ibot"], net.ibot_head(tokens[:, 2:][mask]))
+        torch.testing.assert_close(teacher["ibot"], net.ibot_head(tokens[:, 2:][mask])[0])
         assert not torch.allclose(teacher["ibot"], net(global_crops, None, mask)["ibot"])
 
 
@@ -83,9 +107,10 @@ def test_logits_are_cosines_whatever_the_norm_of_the_prototypes() -> None:
     net = build_ssl_net(tiny_recipe()).eval()
     features = torch.randn(7, net.backbone.cls_token.shape[-1])
     with torch.no_grad():
-        before = net.dino_head(features)
+        before = torch.matmul(*(part if index == 0 else part.T for index, part in enumerate(net.dino_head(features))))
         net.dino_head.prototypes.weight *= torch.rand(40, 1) + 0.5
-        torch.testing.assert_close(net.dino_head(features), before)
+        projected, prototypes = net.dino_head(features)
+        torch.testing.assert_close(projected @ prototypes.T, before)
         bottleneck = net.dino_head.mlp(features)
         cosine = torch.nn.functional.cosine_similarity(
             bottleneck[:, None], net.dino_head.prototypes.weight[None], dim=-1
@@ -93,21 +118,22 @@ def test_logits_are_cosines_whatever_the_norm_of_the_prototypes() -> None:
     torch.testing.assert_close(before, cosine)
 
 
-@pytest.mark.parametrize("masked", ["some", "none", "no mask"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("masked", ["some", "none"])
 @pytest.mark.parametrize("with_locals", [True, False])
 @pytest.mark.parametrize("drop_path", [0.0, 0.9])
-def test_every_parameter_gets_a_gradient_whatever_is_masked(masked: str, with_locals: bool, drop_path: float) -> None:
-    net = build_ssl_net(tiny_recipe(drop_path=drop_path)).train()
+def test_every_parameter_gets_a_gradient_whatever_is_masked(
+    masked: str, with_locals: bool, drop_path: float, shared: bool
+) -> None:
+    net = build_ssl_net(tiny_recipe(drop_path=drop_path, shared=shared)).train()
     global_crops, local_crops, mask = crops()
     mask = mask if masked == "some" else torch.zeros_like(mask)
     count = LOCALS if with_locals else 0
-    out = net(global_crops, local_crops if with_locals else None, None if masked == "no mask" else mask)
-    teacher = torch.softmax(torch.randn(2 * TILES, 40), dim=-1)
-    loss = dino_loss(out["dino"], teacher, count, 0.1) + kde_loss(out["cls"][:TILES], 5.0)
-    assert ("ibot" in out) == (masked != "no mask")
-    if "ibot" in out:
-        targets = torch.softmax(torch.randn(len(out["ibot"]), 24), dim=-1)
-        loss = loss + ibot_loss(out["ibot"], targets, mask, 0.1)
+    out = net(global_crops, local_crops if with_locals else None, mask)
+    loss = dino_loss(out["dino"], out["dino_prototypes"], targets_of(2 * TILES, 40), count, 0.1)
+    loss = loss + kde_loss(out["cls"][:TILES], 5.0)
+    targets = targets_of(len(out["ibot"]), 40 if shared else 24)
+    loss = loss + ibot_loss(out["ibot"], out["ibot_prototypes"], targets, mask, 0.1)
     loss.backward()
     missing = [name for name, parameter in net.named_parameters() if parameter.grad is None]
     assert missing == []
@@ -166,8 +192,8 @@ def test_bf16_student_gives_finite_losses_in_fp32() -> None:
     net = build_ssl_net(tiny_recipe()).bfloat16().train()
     global_crops, local_crops, mask = crops()
     out = net(global_crops.bfloat16(), local_crops.bfloat16(), mask)
-    loss = dino_loss(out["dino"], torch.softmax(torch.randn(6, 40), dim=-1), LOCALS, 0.1)
-    loss = loss + ibot_loss(out["ibot"], torch.softmax(torch.randn(5, 24), dim=-1), mask, 0.1)
+    loss = dino_loss(out["dino"], out["dino_prototypes"], targets_of(6, 40), LOCALS, 0.1)
+    loss = loss + ibot_loss(out["ibot"], out["ibot_prototypes"], targets_of(5, 24), mask, 0.1)
     loss = loss + kde_loss(out["cls"][:TILES], 5.0)
     assert loss.dtype == torch.float32
     loss.backward()

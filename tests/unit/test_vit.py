@@ -66,19 +66,43 @@ def test_hidden_patches_leave_no_trace_of_their_pixels() -> None:
 
 
 def test_stochastic_depth_keeps_the_expected_output_and_acts_only_in_training() -> None:
-    block = Block(ARCH, drop_path=0.4)
-    x = torch.randn(5, 7, 24, generator=torch.Generator().manual_seed(2))
+    block = Block(ARCH, drop_path=0.4, qk_norm=False)
+    spans = [(3, 7), (2, 5)]
+    x = torch.randn(31, 24, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(0)
     with torch.no_grad():
-        full = block._attended(x)
+        full = block._attended(x, spans)
         block.eval()
-        assert torch.equal(block._add(x, block._attended), x + full)
+        assert torch.equal(block._add(x, spans, block._attended), x + full)
         block.train()
-        draws = torch.stack([block._add(x, block._attended) - x for _ in range(4000)])
+        changes = torch.stack([block._add(x, spans, block._attended) - x for _ in range(4000)])
+    torch.testing.assert_close(changes.mean(dim=0), full, atol=0.05 * full.abs().max().item(), rtol=0.0)
+    draws = changes[:, :21].unflatten(1, (3, 7))
     dropped = (draws.abs().amax(dim=(2, 3)) == 0).double()
     assert dropped.mean().item() == pytest.approx(0.4, abs=0.01)
     assert (dropped.mean(dim=0) - 0.4).abs().max() < 0.03
-    torch.testing.assert_close(draws.mean(dim=0), full, atol=0.05 * full.abs().max().item(), rtol=0.0)
+
+
+def test_images_of_several_sizes_in_one_forward_equal_one_by_one() -> None:
+    vit, token = small_vit().eval(), torch.full((1, 24), 0.3)
+    generator = torch.Generator().manual_seed(1)
+    large, small = torch.randn(2, 3, 56, 56, generator=generator), torch.randn(3, 3, 28, 42, generator=generator)
+    mask = torch.rand(2, 16, generator=generator) < 0.5
+    with torch.no_grad():
+        together = vit([large, small], mask, token)
+        torch.testing.assert_close(together, [vit(large, mask, token), vit(small)], atol=1e-6, rtol=1e-5)
+
+
+def test_checkpointed_activations_change_neither_output_nor_gradient() -> None:
+    images = torch.randn(4, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for checkpointing in (False, True):
+        vit = small_vit(drop_path=0.5).train()
+        vit.checkpointing = checkpointing
+        torch.manual_seed(0)
+        vit([images, images[:2]])[0].square().sum().backward()
+        gradients.append([parameter.grad for parameter in vit.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0.0, atol=0.0)
 
 
 def test_stochastic_depth_follows_the_default_generator() -> None:

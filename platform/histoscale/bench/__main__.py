@@ -5,38 +5,25 @@ Each figure is one line of JSON on standard output, and nothing else is; what it
 
 import argparse
 import contextlib
+import importlib
+import inspect
 import sys
-from collections.abc import Callable, Iterator
 
-from histoscale.bench.faults import faults
-from histoscale.bench.feed import feed
-from histoscale.bench.figure import Figure
-from histoscale.bench.index import index
-from histoscale.bench.overhead import overhead
-from histoscale.bench.plan import plan
-from histoscale.bench.quickstart import quickstart
-from histoscale.bench.stream import stream
-from histoscale.bench.tissue import tissue
-
-BENCHMARKS: dict[str, Callable[[], Iterator[Figure]]] = {
-    "faults": faults,
-    "feed": feed,
-    "index": index,
-    "overhead": overhead,
-    "plan": plan,
-    "quickstart": quickstart,
-    "stream": stream,
-    "tissue": tissue,
-}
+NAMES = ("faults", "feed", "index", "learning", "memory", "overhead", "plan", "quickstart", "step", "stream", "tissue")
 
 
 def main() -> None:
     """Read the name, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
-    benchmark, figures_to = BENCHMARKS[parser.parse_args().name], sys.stdout
+    parser.add_argument("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where `step` trains")
+    arguments = parser.parse_args()
+    # Each has a module of its own, and only that is loaded: training needs no Ray, and streams need no DeepSpeed.
+    benchmark = getattr(importlib.import_module(f"histoscale.bench.{arguments.name}"), arguments.name)
+    options = {"device": arguments.device} if "device" in inspect.signature(benchmark).parameters else {}
+    figures_to = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints warnings
-        for figure in benchmark():
+        for figure in benchmark(**options):
             figures_to.write(figure.line() + "\n")
             figures_to.flush()
 

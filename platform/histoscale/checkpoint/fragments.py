@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MASTER = "fp32"
 EMA = "ema"  # the teacher's, which `train/teacher.py` keeps beside the master weights
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CENTER_PREFIX = "center."  # of names that stand for centres of the teacher's logits, and for no parameter
 
 
 @dataclass(frozen=True)

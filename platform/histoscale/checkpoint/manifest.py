@@ -76,6 +76,7 @@ class Commit:
         ledger: Key of the ledger of the steps since the commit before.
         quarantine: Slides that have given no tiles from a step on, since the run began.
         written_by: World size, ZeRO stage and versions, for people.
+        teacher: Fingerprint of the frozen teacher, where there is one.
     """
 
     step: int
@@ -87,6 +88,7 @@ class Commit:
     ledger: str | None
     written_by: dict[str, str]
     quarantine: tuple[Quarantined, ...] = ()
+    teacher: str | None = None
 
 
 def marker_key(step: int) -> str:
@@ -122,7 +124,15 @@ def decode_commit(data: bytes, key: str) -> Commit:
     Raises:
         CheckpointError: It is damaged or of another version.
     """
-    values = _decode(data, key)
+    return commit_of(_decode(data, key), key)
+
+
+def commit_of(values: dict[str, Any], key: str) -> Commit:
+    """The commit that decoded JSON describes.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
     try:
         quarantine = tuple(Quarantined(**slide) for slide in values.pop("quarantine", ()))
         return Commit(**values, quarantine=quarantine)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from histoscale.checkpoint import ledger
-from histoscale.checkpoint.fragments import EMA, Fragment
+from histoscale.checkpoint.fragments import CENTER_PREFIX, EMA, Fragment
 from histoscale.checkpoint.manifest import (
     BLOCK_ELEMENTS,
     BYTES_PER_ELEMENT,
@@ -83,6 +83,22 @@ def require_recipe(commit: Commit, fingerprint: str) -> None:
             value=commit.fingerprint,
             expected=fingerprint,
             remedy="resume with the recipe of the run folder, or start a new run folder",
+        )
+
+
+def require_teacher(commit: Commit, teacher: str | None) -> None:
+    """Refuse to go on with a student under another frozen teacher, or under none.
+
+    Raises:
+        CheckpointError: The fingerprints differ.
+    """
+    if commit.teacher != teacher:
+        raise CheckpointError(
+            f"the checkpoint of step {commit.step} is a student of another teacher",
+            value=teacher or "no frozen teacher",
+            expected=commit.teacher or "no frozen teacher",
+            remedy="put back what distill.teacher held when the run began (a run that trains on is another teacher at "
+            "each of its commits: distil from a finished one, or from a copy), or start a new run folder",
         )
 
 
@@ -159,7 +175,7 @@ def _load_ema(store: Store, commit: Commit, prefix: str) -> dict[str, Tensor]:
     whole = {
         name: Fragment(0, math.prod(shape), shape, {EMA: torch.empty(math.prod(shape))})
         for name, shape in shapes.items()
-        if name.startswith(prefix)
+        if name.startswith(prefix) and not name.startswith(CENTER_PREFIX)
     }
     load_into(store, commit, whole, shapes)
     return {name.removeprefix(prefix): part.tensors[EMA].view(part.shape) for name, part in whole.items()}

@@ -51,6 +51,7 @@ class Snapshot:
         records: What this rank put into the steps since the last commit.
         quarantine: That of the last commit.
         written_by: World size, ZeRO stage and versions, for people.
+        teacher: Fingerprint of the frozen teacher, where there is one.
     """
 
     step: int
@@ -61,6 +62,7 @@ class Snapshot:
     records: Sequence[StepRecord]
     written_by: dict[str, str]
     quarantine: tuple[Quarantined, ...] = ()
+    teacher: str | None = None
 
 
 def write_checkpoint(store: Store, snapshot: Snapshot, keep_last: int) -> Commit:
@@ -70,7 +72,7 @@ def write_checkpoint(store: Store, snapshot: Snapshot, keep_last: int) -> Commit
         StorageError: Something could not be written; raised on every rank, and nothing is committed.
     """
     folder = folder_prefix(snapshot.step, on_first_rank(lambda: secrets.token_hex(4)))
-    reports = on_every_rank(lambda: (_write_shard(store, folder, snapshot.fragments), snapshot.records))
+    reports = on_every_rank(lambda: (write_shard(store, folder, snapshot.fragments), snapshot.records))
     shards = tuple(shard for shard, _ in reports)
     records = [merge_records(shares) for shares in zip(*(records for _, records in reports), strict=True)]
 
@@ -98,7 +100,8 @@ def remove_retired(store: Store, keep_last: int) -> None:
         store.delete_prefix(folder)
 
 
-def _write_shard(store: Store, folder: str, fragments: Mapping[str, Fragment]) -> Shard:
+def write_shard(store: Store, folder: str, fragments: Mapping[str, Fragment]) -> Shard:
+    """Write this rank's file into a folder; says what it holds."""
     name = f"rank-{dist.get_rank()}-of-{dist.get_world_size()}.safetensors"
     flat = _flatten(fragments)
     with tempfile.TemporaryDirectory(prefix="histoscale-") as scratch:
@@ -144,6 +147,7 @@ def _commit(
         ledger=_write_ledger(store, records),
         written_by=snapshot.written_by,
         quarantine=_quarantine(snapshot.quarantine, records),
+        teacher=snapshot.teacher,
     )
     store.put(marker_key(snapshot.step), encode(commit))
     return commit

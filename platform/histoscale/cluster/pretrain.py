@@ -1,14 +1,12 @@
 """From a recipe, an index and a run folder to a trained run: the driver's side."""
 
 import contextlib
-import os
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import ray
@@ -39,11 +37,11 @@ from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
 from histoscale.slides.catalogue import Catalogue, open_catalogue
 from histoscale.slides.exclusions import read_exclusions
-from histoscale.slides.tile_check import TileCheck
 from histoscale.storage import Store, open_store
 from histoscale.stream.faults import Quarantined
 from histoscale.stream.reader import ReaderSpec
 from histoscale.stream.windows import FeedSpec, start_feed
+from histoscale.train.teacher_source import describe_teacher, find_teacher
 
 _POLL_S = 0.5
 
@@ -60,12 +58,17 @@ class PretrainRequest:
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """A request whose recipe, index and run folder fit each other; nothing was written yet."""
+    """A request whose recipe, index, teacher and run folder fit each other; nothing was written yet.
+
+    Attributes:
+        teacher: A line that tells of the frozen teacher, where there is one.
+    """
 
     request: PretrainRequest
     store: Store
     catalogue: Catalogue
     plan: Plan
+    teacher: str | None
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,17 @@ def check_request(request: PretrainRequest) -> CheckedRequest:
     """Check what can be checked without a cluster.
 
     Raises:
-        HistoscaleError: The index cannot be read, no slide serves a magnification, or the run folder is another's.
+        HistoscaleError: The index cannot be read, no slide serves a magnification, the frozen teacher cannot be used,
+            or the run folder is another's.
     """
     store = open_store(request.run_uri)
     # A run keeps to the snapshot that it began with, however the index has grown since.
     catalogue = open_catalogue(request.index_uri, recorded_snapshot(store))
     spec = PlanSpec.from_recipe(request.recipe)
     plan = Plan(spec, catalogue.rows, catalogue.columns, catalogue.values, catalogue.mask)
-    checked = CheckedRequest(request, store, catalogue, plan)
+    distill = request.recipe.distill
+    teacher = None if distill is None else describe_teacher(find_teacher(request.recipe, distill), distill)
+    checked = CheckedRequest(request, store, catalogue, plan, teacher)
     _resumed_recipe(checked)
     return checked
 
@@ -131,6 +137,8 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
         tell(f"plan {checked.plan.fingerprint(catalogue.snapshot_id)} over snapshot {catalogue.snapshot_id}")
         for line in describe_plan(checked.plan.report()):
             tell(line)
+        if checked.teacher is not None:
+            tell(checked.teacher)
         tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
         bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
         _run_to_the_end(store, recipe, device, feed, _Watched(lease, bad_slides, tell))
@@ -155,16 +163,8 @@ def _feed(
     withdrawn = {slide_id for one in read_exclusions(open_store(index_uri)) for slide_id in one.slide_ids}
     segments = next_segments(read_segments(checked.store), start, filter(checked.catalogue.has, withdrawn))
     write_segments(checked.store, segments)
-    reader = ReaderSpec(
-        index_uri=index_uri,
-        snapshot_id=checked.catalogue.snapshot_id,
-        plan=checked.plan.spec,
-        out_from=out_from(segments, quarantine),
-        check=TileCheck(recipe.data.min_tile_tissue, recipe.data.min_sharpness),
-        cache_folder=Path(tempfile.gettempdir()) / f"histoscale-slides-{os.getuid()}",
-        cache_bytes=int(recipe.cluster.slide_cache_gb * 1e9),
-        tile_cache_bytes=int(recipe.cluster.tile_cache_gb * 1e9),
-    )
+    out = out_from(segments, quarantine)
+    reader = ReaderSpec.from_recipe(recipe, index_uri, checked.catalogue.snapshot_id, out)
     return FeedSpec(recipe.steps, reader, recipe.cluster.reader_bounds, first_on=trainer_nodes(device))
 
 

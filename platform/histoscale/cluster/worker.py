@@ -13,6 +13,7 @@ from histoscale.checkpoint.collective import on_first_rank
 from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Wish
 from histoscale.config.recipe import Recipe
 from histoscale.errors import RunError
+from histoscale.observe.alarms import CollapseAlarm
 from histoscale.observe.metrics import MetricsWriter
 from histoscale.storage import open_store
 from histoscale.stream.faults import Fault
@@ -67,6 +68,7 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
     line = ControlLine(spec.control)
     writer = MetricsWriter(open_store(spec.run_uri), start)
     clock = _Clock(spec.recipe.batch.tiles)
+    collapse = CollapseAlarm(spec.recipe.optim.warmup_images)
     try:
         for step in range(start, spec.recipe.steps):
             _require_the_run(line, spec.run_uri)
@@ -78,7 +80,9 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
             committed = _commit_if_due(spec.recipe, trainer, step, metrics)
             if committed:
                 writer.publish()
-            line.tell(_progress(spec.recipe, step, metrics, timing, committed))
+            alarm = collapse.update(metrics.images_seen, metrics.mean_cosine)
+            note = alarm or ("checkpoint committed" if committed else "")
+            line.tell(_progress(spec.recipe, step, metrics, timing, note))
             if committed and metrics.stop:
                 return
     finally:
@@ -109,24 +113,23 @@ def _commit_if_due(recipe: Recipe, trainer: Trainer, step: int, metrics: StepMet
     return due
 
 
-def _progress(recipe: Recipe, step: int, metrics: StepMetrics, timing: dict[str, float], committed: bool) -> Progress:
+def _progress(recipe: Recipe, step: int, metrics: StepMetrics, timing: dict[str, float], note: str) -> Progress:
     return Progress(
         step=step + 1,
         steps=recipe.steps,
-        losses={"loss": metrics.loss, "dino": metrics.dino, "ibot": metrics.ibot, "kde": metrics.kde},
+        losses={"loss": metrics.loss, **metrics.terms},
         lr=metrics.lr,
         tiles_per_s=timing["time/tiles_per_s"],
         wait_share=timing["time/wait_share"],
-        note="checkpoint committed" if committed else "",
+        note=note,
     )
 
 
 def _scalars(metrics: StepMetrics) -> dict[str, float]:
     return {
         "loss/total": metrics.loss,
-        "loss/dino": metrics.dino,
-        "loss/ibot": metrics.ibot,
-        "loss/kde": metrics.kde,
+        **{f"loss/{name}": value for name, value in metrics.terms.items()},
+        "health/mean_cosine": metrics.mean_cosine,
         "optim/grad_norm": metrics.grad_norm,
         "optim/lr": metrics.lr,
         "optim/weight_decay": metrics.weight_decay,

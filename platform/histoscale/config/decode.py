@@ -146,10 +146,22 @@ def _problem(details: ErrorDetails) -> str:
 
 
 def _fields_at(path: list[str]) -> list[str]:
-    model: type[BaseModel] = Recipe
+    """Fields of the section at a path; of a section that may be of several kinds, the path also names the kind."""
+    models: list[type[BaseModel]] = [Recipe]
     for part in path:
-        if part in model.model_fields:
-            annotation = model.model_fields[part].annotation
-            candidates = [annotation, *get_args(annotation)]
-            model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        if fields:
+            models = _sections(fields[0].annotation)
+        else:
+            models = [model for model in models if "kind" in model.model_fields and _kind(model) == part] or models
+    return [name for model in models for name in model.model_fields]
+
+
+def _sections(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _kind(section: type[BaseModel]) -> object:
+    return section.model_fields["kind"].default

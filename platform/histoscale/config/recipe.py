@@ -107,6 +107,8 @@ class ModelSection(Section):
 
     arch: str = "vit_h14_reg4"
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.4  # [DINOv2]
+    qk_norm: bool = False  # LayerNorm of queries and keys, for large models that diverge
+    weights: str | None = None  # a file of published weights, timm's or Meta's, from which the backbone starts
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -118,6 +120,7 @@ class ModelSection(Section):
 class HeadSection(Section):
     """The two projection heads: three layers, a bottleneck and prototypes."""
 
+    shared: bool = False  # iBOT projects with DINO's head and prototypes; [DINOv2] has two for its large models
     dino_prototypes: Count = 131072  # [Virchow2]
     ibot_prototypes: Count = 131072
     hidden_dim: Count = 2048  # [DINOv2]
@@ -125,22 +128,53 @@ class HeadSection(Section):
     ibot_bottleneck_dim: Count = 256  # [DINOv2]
 
 
-class CropSection(Section):
-    """Extended-context translation: crops cut from a larger region, hardly resized."""
-
-    global_px: Count = 224
-    local_px: Count = 98
-    local_count: Annotated[int, Field(ge=0)] = 8
-    scale: tuple[Positive, Positive] = (0.9, 1.1)  # [Virchow2], read as a factor of the side
-    aspect: tuple[Positive, Positive] = (0.95, 1.05)  # [Virchow2]
+class Window(Section):
+    """The part of a region that a crop shows; the ranges of its subclasses are (low, high)."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        for name in ("scale", "aspect"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name} must be (low, high), got ({low}, {high})")
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, tuple) and value[0] > value[1]:
+                raise ValueError(f"{name} must be (low, high), got {value}")
         return self
+
+
+class ExtendedContext(Window):
+    """Extended-context translation [Virchow2]: windows of about the crop's own size, hardly resized."""
+
+    kind: Literal["extended_context"] = "extended_context"
+    scale: tuple[Positive, Positive] = (0.9, 1.1)  # [Virchow2], of the window over the crop
+    scale_of: Literal["side", "area"] = "side"  # the paper does not say which
+    aspect: tuple[Positive, Positive] = (0.95, 1.05)  # [Virchow2]
+
+
+class RandomResized(Window):
+    """The classic random-resized crop [DINOv2]: windows of any size, resized to the crop's."""
+
+    kind: Literal["random_resized"] = "random_resized"
+    global_scale: tuple[Positive, Positive] = (0.32, 1.0)  # [DINOv2], shares of the region's area
+    local_scale: tuple[Positive, Positive] = (0.05, 0.32)  # [DINOv2]
+    aspect: tuple[Positive, Positive] = (0.75, 4.0 / 3.0)  # [DINOv2]
+
+
+def _kind_of_window(window: object) -> str:
+    """What a window says that it is; extended context where it does not say."""
+    kind = window.get("kind", "extended_context") if isinstance(window, dict) else getattr(window, "kind", "no section")
+    return str(kind)
+
+
+class CropSection(Section):
+    """The crops of a tile: two global ones, which teacher and student see, and local ones, which the student sees."""
+
+    global_px: Count = 224
+    local_px: Count = 98
+    local_count: Annotated[int, Field(ge=0)] = 8  # [DINOv2]
+    window: Annotated[
+        Annotated[ExtendedContext, Tag("extended_context")] | Annotated[RandomResized, Tag("random_resized")],
+        Discriminator(_kind_of_window),
+    ] = ExtendedContext()
+    poses: Literal["dihedral", "flips", "none"] = "dihedral"  # all eight of the square, or four without quarter turns
 
 
 class AugmentSection(Section):
@@ -153,11 +187,9 @@ class AugmentSection(Section):
     jitter_p: Probability = 0.8  # [DINOv2]
     grayscale_p: Probability = 0.2  # [DINOv2]
     solarize_p: Probability = 0.2  # [DINOv2], of the second global crop
-    blur_p: tuple[Probability, Probability, Probability] = (
-        0.0,
-        0.9,
-        0.5,
-    )  # [DINOv2], global 1, global 2, local
+    blur_p: tuple[Probability, Probability, Probability] = (0.0, 0.9, 0.5)  # [DINOv2], global 1, global 2, local
+    hed_p: Probability = 0.0  # stain jitter; Virchow2 has none
+    hed_strength: NonNegative = 0.05  # of each stain's amount, as factor and as offset
 
 
 class LossSection(Section):
@@ -167,10 +199,14 @@ class LossSection(Section):
     ibot_weight: NonNegative = 1.0  # [DINOv2]
     kde_weight: NonNegative = 0.05  # as re-implementations of Virchow2 have it
     kde_kappa: Positive = 5.0  # likewise
+    koleo_weight: NonNegative = 0.0  # [DINOv2] 0.1; KDE stands in its place
+    spread_group: Annotated[int, Field(ge=2)] | None = None  # tiles that KDE and KoLeo compare; None: the replica's
     student_temperature: Positive = 0.1  # [DINOv2]
     teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07)  # [DINOv2]
     teacher_temperature_warmup_images: Annotated[int, Field(ge=0)] = 115_000_000  # [DINOv2] 37,500 steps of 3,072
+    centering: Literal["sinkhorn", "center"] = "sinkhorn"  # [DINOv2] sinkhorn for its large models
     sinkhorn_iterations: Count = 3  # [DINOv2]
+    center_momentum: Probability = 0.9  # [DINOv2]
     mask_ratio: tuple[Probability, Probability] = (0.1, 0.5)  # [DINOv2]
 
     @model_validator(mode="after")
@@ -189,8 +225,47 @@ class OptimSection(Section):
     warmup_images: Annotated[int, Field(ge=0)] = 307_200_000  # [DINOv2] 100,000 steps of 3,072
     weight_decay: tuple[NonNegative, NonNegative] = (0.04, 0.2)  # [DINOv2]
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # [DINOv2]
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # [DINOv2] of the rate, from block to block down
+    patch_embed_lr: NonNegative = 0.2  # [DINOv2] factor of the patch embedding's rate
+    freeze_last_layer_images: Annotated[int, Field(ge=0)] = 3_840_000  # [DINOv2] 1,250 steps of 3,072: prototypes stand
     clip_norm: Positive = 3.0  # [DINOv2], of the global norm
     ema_momentum: tuple[Probability, Probability] = (0.994, 1.0)  # [DINOv2]
+
+
+class DistillSection(Section):
+    """A frozen teacher instead of the student's own average."""
+
+    teacher: str  # heads: a run folder; features: an export of ours, or a file of published weights
+    mode: Literal["heads", "features"] = "heads"
+    arch: str | None = None  # of a file of published weights, which does not say
+    licence: str | None = None  # what permits distilling from foreign weights; must be stated for them
+    cls_weight: NonNegative = 1.0  # features: of the class tokens' cosine
+    patch_weight: NonNegative = 1.0  # features: of the patch tokens' cosine
+
+    @property
+    def teacher_is_a_file(self) -> bool:
+        """Whether the teacher is a file of weights, which need not be ours, rather than a folder that we wrote."""
+        return self.teacher.endswith((".safetensors", ".pth"))
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if "://" not in self.teacher and not self.teacher.startswith("/"):
+            raise ValueError(f"teacher must be an absolute path or an s3:// URI, got {self.teacher!r}")
+        if self.mode == "heads" and self.teacher_is_a_file:
+            raise ValueError(f"mode heads needs a run folder, as a file of weights has no heads, got {self.teacher!r}")
+        if not self.teacher_is_a_file:
+            if self.arch is not None:
+                raise ValueError(f"arch is for a file of weights, a folder of ours says its own, got {self.arch!r}")
+        elif self.arch not in ARCHS:
+            raise ValueError(f"arch must say whose weights these are, one of {', '.join(ARCHS)}, got {self.arch!r}")
+        elif not (self.licence or "").strip():
+            raise ValueError(
+                "distill.licence must say what permits distilling from these weights: some published models forbid "
+                f"training on their outputs, got {self.licence!r}"
+            )
+        if self.mode == "features" and not self.cls_weight + self.patch_weight > 0.0:
+            raise ValueError("cls_weight and patch_weight must not both be 0: nothing would be learnt")
+        return self
 
 
 class ScheduleSection(Section):
@@ -220,6 +295,8 @@ class ClusterSection(Section):
     workers: Count = 1
     zero_stage: Literal[1, 2, 3] = 2
     cpus_per_worker: Count = 1
+    activation_checkpointing: bool = False  # blocks are computed twice: less memory, a third slower
+    compile: bool = False  # torch.compile of the blocks: minutes at the start, and a C++ compiler on the machine
     readers: Count | tuple[Count, Count] = 2  # a number, or the bounds between which Ray Data scales
     slide_cache_gb: Positive = 50.0  # of a node, for copies of slides that all its readers share
     tile_cache_gb: NonNegative = 0.0  # of a node, for compressed tiles that all its readers share
@@ -230,6 +307,12 @@ class ClusterSection(Section):
     def reader_bounds(self) -> tuple[int, int]:
         """Least and largest number of readers."""
         return (self.readers, self.readers) if isinstance(self.readers, int) else self.readers
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile works with zero_stage 1 and 2, got 3, which gathers weights between the layers")
+        return self
 
     @model_validator(mode="after")
     def _readers_ordered(self) -> Self:
@@ -252,6 +335,7 @@ class Recipe(Section):
     augment: AugmentSection = AugmentSection()
     loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
+    distill: DistillSection | None = None
     schedule: ScheduleSection = ScheduleSection()
     checkpoint: CheckpointSection = CheckpointSection()
     stream: StreamSection = StreamSection()
@@ -264,17 +348,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        patch_px = ARCHS[self.model.arch].patch_px
-        for name in ("global_px", "local_px"):
-            side_px = getattr(self.crops, name)
-            if side_px % patch_px:
-                raise ValueError(f"crops.{name} must be a multiple of the patch of {patch_px} px, got {side_px}")
-            low, high = self.crops.aspect
-            widest_px = side_px * self.crops.scale[1] * math.sqrt(max(high, 1.0 / low))
-            if widest_px > self.data.region_px:
-                raise ValueError(
-                    f"crops.{name} of up to {widest_px:.1f} px must fit in data.region_px, got {self.data.region_px}"
-                )
+        self._crops_fit()
+        self._distillation_fits()
+        group = self.loss.spread_group
+        if group is not None and self.batch.per_replica % group:
+            raise ValueError(f"loss.spread_group must divide the replica's {self.batch.per_replica} tiles, got {group}")
         if self.steps < 1:
             raise ValueError(
                 f"schedule.images must hold one step of {self.batch.tiles} tiles, got {self.schedule.images}"
@@ -284,3 +362,34 @@ class Recipe(Section):
                 f"cluster.workers must not exceed batch.replicas ({self.batch.replicas}), got {self.cluster.workers}"
             )
         return self
+
+    def _distillation_fits(self) -> None:
+        if self.distill is None:
+            return
+        if self.loss.centering == "center":
+            raise ValueError("loss.centering must be sinkhorn in distillation, whose teacher has no centre, got center")
+        if self.model.drop_path > 0.0:
+            raise ValueError(
+                f"model.drop_path must be 0 in distillation, which drops nothing [DINOv2], got {self.model.drop_path}"
+            )
+        if self.distill.mode == "features" and self.crops.local_count:
+            raise ValueError(
+                "crops.local_count must be 0 in distillation from features, which compares global crops alone, "
+                f"got {self.crops.local_count}"
+            )
+
+    def _crops_fit(self) -> None:
+        patch_px, window = ARCHS[self.model.arch].patch_px, self.crops.window
+        for name in ("global_px", "local_px"):
+            side_px = getattr(self.crops, name)
+            if side_px % patch_px:
+                raise ValueError(f"crops.{name} must be a multiple of the patch of {patch_px} px, got {side_px}")
+            if isinstance(window, RandomResized):
+                continue
+            low, high = window.aspect
+            largest = window.scale[1] if window.scale_of == "side" else math.sqrt(window.scale[1])
+            widest_px = side_px * largest * math.sqrt(max(high, 1.0 / low))
+            if widest_px > self.data.region_px:
+                raise ValueError(
+                    f"crops.{name} of up to {widest_px:.1f} px must fit in data.region_px, got {self.data.region_px}"
+                )

@@ -35,7 +35,8 @@ def initial_backbone(recipe: Recipe) -> VisionTransformer:
 
 
 def _backbone(recipe: Recipe, weights: dict[str, Tensor]) -> VisionTransformer:
-    backbone = VisionTransformer(ARCHS[recipe.model.arch], recipe.crops.global_px)
+    model = recipe.model
+    backbone = VisionTransformer(ARCHS[model.arch], recipe.crops.global_px, qk_norm=model.qk_norm)
     try:
         backbone.load_state_dict(weights, strict=True)
     except RuntimeError as error:

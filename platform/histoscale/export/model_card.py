@@ -35,6 +35,8 @@ These are the weights of the EMA teacher.
 ```python
 {_snippet(name, arguments, side_px, prefix)}```
 
+timm imports torchvision, which must be the build that belongs to your torch; one from PyPI fails beside a CPU build.
+
 Resize tiles bicubically with antialiasing to {side_px} px. The input may have other sides that are multiples of
 {arch.patch_px} px: the position embedding is resampled.
 

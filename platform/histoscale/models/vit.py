@@ -1,17 +1,26 @@
 """Vision transformer whose parameters have timm's names and shapes, so that weights move either way unchanged.
 
-Shape suffixes: B images, N patches, T tokens (class + registers + patches), D width, H heads, C width of a head.
+Images of several sizes go through one forward: their tokens lie one after the other, so that norms and linear layers
+see one long matrix, and only attention takes the images apart.
+
+Shape suffixes: B images of one size, N patches, T tokens (class + registers + patches), P tokens of all images,
+D width, H heads, C width of a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from histoscale.config.archs import Arch
 
 NORM_EPS = 1e-6  # timm's and DINOv2's
+
+Spans: TypeAlias = Sequence[tuple[int, int]]
+"""(images, tokens of each) of every size, in the order in which their tokens are packed."""
 
 
 class PatchEmbed(nn.Module):
@@ -28,22 +37,41 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention among the tokens of each image."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_PD: Tensor, spans: Spans) -> Tensor:
         """Mix the tokens of each image."""
-        images, tokens, width = x_BTD.shape
-        qkv = self.qkv(x_BTD).reshape(images, tokens, 3, self.heads, width // self.heads)
-        q_BHTC, k_BHTC, v_BHTC = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed_BTD = attend(q_BHTC, k_BHTC, v_BHTC).transpose(1, 2).reshape(images, tokens, width)
-        projected: Tensor = self.proj(mixed_BTD)
+        qkv_P3D = self.qkv(x_PD)
+        mixed = [self._mix(part, images) for part, (images, _) in zip(unpack(qkv_P3D, spans), spans, strict=True)]
+        projected: Tensor = self.proj(pack(mixed))
         return projected
+
+    def _mix(self, qkv_BT3D: Tensor, images: int) -> Tensor:
+        """Attention among images of one size: [B, T, D]."""
+        tokens, width = qkv_BT3D.shape[1], qkv_BT3D.shape[2] // 3
+        qkv_3BHTC = qkv_BT3D.view(images, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q_BHTC, k_BHTC, v_BHTC = qkv_3BHTC.unbind(0)
+        return attend(self.q_norm(q_BHTC), self.k_norm(k_BHTC), v_BHTC).transpose(1, 2).reshape(images, tokens, width)
+
+
+def unpack(x_PD: Tensor, spans: Spans) -> list[Tensor]:
+    """Views [B, T, D] of packed tokens, one for each size."""
+    parts = torch.split(x_PD, [images * tokens for images, tokens in spans])
+    return [part.view(*span, -1) for part, span in zip(parts, spans, strict=True)]
+
+
+def pack(parts: Sequence[Tensor]) -> Tensor:
+    """Tokens [B, T, D] of each size, one after the other: [P, D]."""
+    flat = [part.flatten(0, 1) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def attend(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor) -> Tensor:
@@ -64,9 +92,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_PD: Tensor) -> Tensor:
         """Transform each token."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x_BTD)))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x_PD)))
         return out
 
 
@@ -83,9 +111,9 @@ class SwiGlu(nn.Module):
         self.fc1 = nn.Linear(width, packed)
         self.fc2 = nn.Linear(packed // 2, width)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_PD: Tensor) -> Tensor:
         """Transform each token."""
-        gate, value = self.fc1(x_BTD).chunk(2, dim=-1)
+        gate, value = self.fc1(x_PD).chunk(2, dim=-1)
         out: Tensor = self.fc2(F.silu(gate) * value)
         return out
 
@@ -98,49 +126,60 @@ class LayerScale(nn.Module):
         self.initial = initial
         self.gamma = nn.Parameter(torch.full((width,), initial))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_PD: Tensor) -> Tensor:
         """Scale the branch."""
-        return x_BTD * self.gamma
+        return x_PD * self.gamma
 
 
 class Block(nn.Module):
     """One pre-norm transformer block with stochastic depth on both of its branches."""
 
-    def __init__(self, arch: Arch, drop_path: float) -> None:
+    def __init__(self, arch: Arch, drop_path: float, qk_norm: bool) -> None:
         super().__init__()
-        width, hidden = arch.width, int(arch.width * arch.mlp_ratio)
-        scale = arch.layer_scale
+        width, scale = arch.width, arch.layer_scale
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width, arch.heads)
+        self.attn = Attention(width, arch.heads, qk_norm)
         self.ls1 = nn.Identity() if scale is None else LayerScale(width, scale)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = SwiGlu(width, hidden) if arch.ffn == "swiglu" else Mlp(width, hidden)
+        self.mlp = SwiGlu(width, 2 * arch.ffn_hidden) if arch.ffn == "swiglu" else Mlp(width, arch.ffn_hidden)
         self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_PD: Tensor, spans: Spans) -> Tensor:
         """Add the attention branch, then the MLP branch."""
-        x_BTD = self._add(x_BTD, self._attended)
-        return self._add(x_BTD, self._transformed)
+        x_PD = self._add(x_PD, spans, self._attended)
+        return self._add(x_PD, spans, self._transformed)
 
-    def _attended(self, x_BTD: Tensor) -> Tensor:
-        out: Tensor = self.ls1(self.attn(self.norm1(x_BTD)))
+    def _attended(self, x_PD: Tensor, spans: Spans) -> Tensor:
+        out: Tensor = self.ls1(self.attn(self.norm1(x_PD), spans))
         return out
 
-    def _transformed(self, x_BTD: Tensor) -> Tensor:
-        out: Tensor = self.ls2(self.mlp(self.norm2(x_BTD)))
+    def _transformed(self, x_PD: Tensor, spans: Spans) -> Tensor:
+        out: Tensor = self.ls2(self.mlp(self.norm2(x_PD)))
         return out
 
-    def _add(self, x_BTD: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def _add(self, x_PD: Tensor, spans: Spans, branch: Callable[[Tensor, Spans], Tensor]) -> Tensor:
         if not self.training or self.drop_path == 0.0:
-            return x_BTD + branch(x_BTD)
+            return x_PD + branch(x_PD, spans)
         # Only the images that keep the branch are computed. Rounding at random keeps the expected share exact at any
         # batch size, and one image always stays, so that every parameter has a gradient. The draws are on the CPU:
         # the same images are dropped on every device.
-        images = x_BTD.shape[0]
+        rows = [self._kept(images).to(x_PD.device) for images, _ in spans]
+        parts = unpack(x_PD, spans)
+        kept = [part[row] for part, row in zip(parts, rows, strict=True)]
+        kept_spans = [(len(row), tokens) for row, (_, tokens) in zip(rows, spans, strict=True)]
+        changes = unpack(branch(pack(kept), kept_spans), kept_spans)
+        return pack(
+            [
+                torch.index_add(part, 0, row, change, alpha=len(part) / len(row))
+                for part, row, change in zip(parts, rows, changes, strict=True)
+            ]
+        )
+
+    def _kept(self, images: int) -> Tensor:
+        """Which images keep a branch."""
         kept = max(1, int(images * (1.0 - self.drop_path) + torch.rand(()).item()))
-        rows = torch.randperm(images)[:kept].to(x_BTD.device)
-        return torch.index_add(x_BTD, 0, rows, branch(x_BTD[rows]), alpha=images / kept)
+        return torch.randperm(images)[:kept]
 
 
 class VisionTransformer(nn.Module):
@@ -151,10 +190,15 @@ class VisionTransformer(nn.Module):
         image_px: Side of the images that the position embedding is made for.
         drop_path: Share of images whose residual branch is dropped, the same in every block (DINOv2's
             `drop_path_uniform`).
+        qk_norm: Whether queries and keys are normalised.
+
+    Attributes:
+        checkpointing: Compute each block again in the backward pass instead of keeping what it needs.
     """
 
-    def __init__(self, arch: Arch, image_px: int, drop_path: float = 0.0) -> None:
+    def __init__(self, arch: Arch, image_px: int, drop_path: float = 0.0, qk_norm: bool = False) -> None:
         super().__init__()
+        self.checkpointing = False
         self.grid = image_px // arch.patch_px
         self.prefix_tokens = 1 + arch.registers
         width = arch.width
@@ -162,22 +206,49 @@ class VisionTransformer(nn.Module):
         self.reg_token = nn.Parameter(torch.zeros(1, arch.registers, width)) if arch.registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix_tokens + self.grid**2, width))
         self.patch_embed = PatchEmbed(arch.patch_px, width)
-        self.blocks = nn.Sequential(*(Block(arch, drop_path) for _ in range(arch.depth)))
+        self.blocks = nn.ModuleList(Block(arch, drop_path, qk_norm) for _ in range(arch.depth))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
+    @overload
+    def forward(self, images: Tensor, mask_BN: Tensor | None = None, mask_token_1D: Tensor | None = None) -> Tensor: ...
+
+    @overload
     def forward(
-        self, images_B3HW: Tensor, mask_BN: Tensor | None = None, mask_token_1D: Tensor | None = None
-    ) -> Tensor:
+        self, images: Sequence[Tensor], mask_BN: Tensor | None = None, mask_token_1D: Tensor | None = None
+    ) -> list[Tensor]: ...
+
+    def forward(
+        self, images: Tensor | Sequence[Tensor], mask_BN: Tensor | None = None, mask_token_1D: Tensor | None = None
+    ) -> Tensor | list[Tensor]:
         """Tokens of the images.
 
         Args:
-            images_B3HW: Normalised images; sides that differ from `image_px` resample the position embedding.
-            mask_BN: bool, patches to hide; needs `mask_token_1D`.
+            images: Normalised images [B, 3, h, w], or several such tensors of different sizes; sides that differ from
+                `image_px` resample the position embedding.
+            mask_BN: bool, patches to hide in the first of them; needs `mask_token_1D`.
             mask_token_1D: What stands in for a hidden patch.
 
         Returns:
-            [B, 1 + registers + N, D]: class token, registers, patches in row-major order.
+            [B, 1 + registers + N, D]: class token, registers, patches in row-major order; a list of these for several.
         """
+        if isinstance(images, Tensor):
+            return self._tokens([images], mask_BN, mask_token_1D)[0]
+        return self._tokens(images, mask_BN, mask_token_1D)
+
+    def _tokens(self, images: Sequence[Tensor], mask_BN: Tensor | None, mask_token_1D: Tensor | None) -> list[Tensor]:
+        first, *others = images
+        parts = [self._embed(first, mask_BN, mask_token_1D), *(self._embed(other) for other in others)]
+        spans = [(part.shape[0], part.shape[1]) for part in parts]
+        x_PD = pack(parts)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x_PD = checkpoint(block, x_PD, spans, use_reentrant=True)
+            else:
+                x_PD = block(x_PD, spans)
+        return unpack(self.norm(x_PD), spans)
+
+    def _embed(self, images_B3HW: Tensor, mask_BN: Tensor | None = None, mask_token_1D: Tensor | None = None) -> Tensor:
+        """What goes into the first block: [B, T, D]."""
         patches_BDhw = self.patch_embed(images_B3HW)
         rows, columns = patches_BDhw.shape[-2:]
         x_BND = patches_BDhw.flatten(2).transpose(1, 2)
@@ -185,9 +256,7 @@ class VisionTransformer(nn.Module):
             x_BND = torch.where(mask_BN[..., None], mask_token_1D.to(x_BND.dtype), x_BND)
         prefix = [self.cls_token] if self.reg_token is None else [self.cls_token, self.reg_token]
         x_BTD = torch.cat([*(token.expand(x_BND.shape[0], -1, -1) for token in prefix), x_BND], dim=1)
-        x_BTD = x_BTD + self._positions(rows, columns)
-        tokens_BTD: Tensor = self.norm(self.blocks(x_BTD))
-        return tokens_BTD
+        return x_BTD + self._positions(rows, columns)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         """Position embedding [1, prefix + rows * columns, D], resampled as timm does: bicubic, antialiased, fp32."""

@@ -155,11 +155,6 @@ def saved_by_loss(rank: Rank) -> int:
     return sum(head.prototype_elements + head.rows * head.bottleneck for head in rank.heads) * rank.element_bytes
 
 
-def earlier_outputs(rank: Rank) -> int:
-    """Every micro-batch's output of the teacher brings the prototypes; only the first one's are needed afterwards."""
-    return (rank.turns - 1) * sum(head.prototype_elements for head in rank.heads) * rank.element_bytes
-
-
 def looking_bytes(rank: Rank, looks: Rank) -> int:
     """The largest of: a micro-batch's crops before they are cast, prototypes on their way to the sphere, one block.
 

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from histoscale.config.recipe import Recipe
-from histoscale.errors import TrainingError
+from histoscale.errors import NonFiniteError, TrainingError
+from histoscale.train.groups import parameter_groups
 from histoscale.train.schedules import StepSettings
 
-_NO_DECAY_MAX_NDIM = 1
+_BF16_CAPABILITY = (8, 0)  # Ampere
 
 
 class StudentEngine:
@@ -38,16 +39,18 @@ class StudentEngine:
         self.dtype = compute_dtype(recipe, device)
         self.world_size = dist.get_world_size()
         network.to(device)
-        optimizer = torch.optim.AdamW(_parameter_groups(network), lr=recipe.optim.lr, betas=recipe.optim.betas)
+        _tune(network, recipe)
+        groups = parameter_groups(network, recipe.optim)
+        optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, betas=recipe.optim.betas)
         deepspeed, config = _import_deepspeed(device), _config(recipe, self.dtype)
         with contextlib.redirect_stdout(io.StringIO()):  # its ZeRO 1 in bf16 prints tables of memory
             self.deepspeed = deepspeed.initialize(
                 model=network, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
 
-    def forward(self, global_crops: Tensor, local_crops: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
-        """The network's outputs; every rank must call this equally often in a step."""
-        outputs: dict[str, Tensor] = self.deepspeed(global_crops, local_crops, mask)
+    def forward(self, *inputs: Tensor | None, **options: bool) -> dict[str, Tensor]:
+        """The network's outputs, for what it takes; every rank must call this equally often in a step."""
+        outputs: dict[str, Tensor] = self.deepspeed(*inputs, **options)
         return outputs
 
     def backward(self, loss: Tensor) -> None:
@@ -58,37 +61,51 @@ class StudentEngine:
         """Update the weights; returns the global gradient norm before clipping.
 
         Raises:
-            TrainingError: A gradient is not finite; the weights are as before.
+            NonFiniteError: A gradient is not finite; the weights are as before.
         """
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = settings.lr
+            frozen = group["last_layer"] and settings.last_layer_frozen
+            group["lr"] = 0.0 if frozen else settings.lr * group["lr_factor"]
             group["weight_decay"] = settings.weight_decay if group["decays"] else 0.0
         self.deepspeed.step()
         norm = float(self.deepspeed.get_global_grad_norm())
         if not self.deepspeed.was_step_applied() or not math.isfinite(norm):
-            raise TrainingError(
+            raise NonFiniteError(
                 "the gradient is not finite, so no update was made",
                 value=norm,
                 expected="a finite norm",
                 remedy="lower optim.lr or train in fp32, then resume from the last commit",
+                measured={"grad_norm": norm},
             )
         return norm
 
 
+def _tune(network: nn.Module, recipe: Recipe) -> None:
+    """Trade time for memory, or start-up for speed, in the blocks of the backbone."""
+    backbone: Any = network.get_submodule("backbone")
+    backbone.checkpointing = recipe.cluster.activation_checkpointing
+    if recipe.cluster.compile:
+        for block in backbone.blocks:
+            block.compile()
+
+
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """What the network computes in: `auto` is bf16 with CUDA and fp32 without."""
-    if recipe.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    """What the network computes in: `auto` is bf16 on GPUs that have it, fp32 elsewhere.
 
-
-def _parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """Weight decay for matrices and embeddings, none for biases, norms and LayerScale."""
-    parameters = list(network.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim > _NO_DECAY_MAX_NDIM], "decays": True},
-        {"params": [p for p in parameters if p.ndim <= _NO_DECAY_MAX_NDIM], "decays": False},
-    ]
+    Raises:
+        TrainingError: The recipe says bf16 and the GPU has none.
+    """
+    on_gpu = device.type == "cuda"
+    able = not on_gpu or torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY
+    if recipe.precision == "bf16" and not able:
+        raise TrainingError(
+            "this GPU does not compute in bf16",
+            value=torch.cuda.get_device_name(device),
+            expected="Ampere or newer (A100, L4, H100, ...)",
+            remedy="set precision=fp32, or run on such a GPU",
+        )
+    wants_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu and able)
+    return torch.bfloat16 if wants_bf16 else torch.float32
 
 
 def _config(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:

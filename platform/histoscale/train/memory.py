@@ -25,7 +25,6 @@ from histoscale.train.activations import (
     block_backward_bytes,
     block_bytes,
     crop_elements,
-    earlier_outputs,
     looking_bytes,
     predicting_items,
     prototypes_backward_bytes,
@@ -192,10 +191,9 @@ def _moments(rank: Rank, looks: Rank) -> dict[str, dict[str, int]]:
     again = {"one block, computed again": block_bytes(rank)} if rank.recipe.cluster.activation_checkpointing else {}
     return {
         "crops and teacher": {
-            "teacher's outputs": earlier_outputs(rank),
             "teacher at work": looking_bytes(rank, looks),
         },
-        "balancing the targets": {"teacher's outputs": earlier_outputs(rank), "logits": balancing_bytes(rank)},
+        "balancing the targets": {"logits": balancing_bytes(rank)},
         "weights of the heads": {
             **earlier,
             **blocks,

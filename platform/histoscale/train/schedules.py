@@ -18,6 +18,7 @@ class StepSettings:
     weight_decay: float
     ema_momentum: float
     teacher_temperature: float
+    last_layer_frozen: bool
 
 
 def schedules_at(recipe: Recipe, images_seen: int) -> StepSettings:
@@ -31,6 +32,7 @@ def schedules_at(recipe: Recipe, images_seen: int) -> StepSettings:
         teacher_temperature=_linear(
             *loss.teacher_temperature, _share(images_seen, loss.teacher_temperature_warmup_images)
         ),
+        last_layer_frozen=images_seen <= optim.freeze_last_layer_images,
     )
 
 

@@ -1,15 +1,14 @@
-"""One optimiser step of DINOv2's objective with Virchow2's KDE term, over V replicas on W ranks.
+"""One optimiser step over V replicas on W ranks.
 
-The loss is a mean over replicas, and everything that is shared by the step's tiles (Sinkhorn-Knopp, the gradient, the
-metrics) is summed over all of them: which rank computes which replica changes nothing but the order of summation.
-
-Shape suffixes: b tiles of a micro-batch, N patches of a global crop, K prototypes.
+The loss is a mean over replicas, and everything that is shared by the step's tiles (the balance of the targets, the
+gradient, the metrics) is summed over all of them: which rank computes which replica changes nothing but the order of
+summation.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,16 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from histoscale.augment.crops import Views, augment
-from histoscale.augment.masks import block_masks
-from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import Recipe
-from histoscale.errors import TrainingError
-from histoscale.objectives import dino_loss, ibot_loss, kde_loss, sinkhorn
+from histoscale.errors import NonFiniteError
 from histoscale.seeding import key
 from histoscale.stream.faults import Fault
 from histoscale.train.engine import StudentEngine
+from histoscale.train.objective import Inputs, Objective
 from histoscale.train.schedules import schedules_at
-from histoscale.train.teacher import EMATeacher
+from histoscale.train.teacher import Average
 
 
 class MicroBatch(Protocol):
@@ -52,11 +49,13 @@ class MicroBatch(Protocol):
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step reports, the same on every rank. Losses are means over the step's replicas, unweighted.
+    """What one step reports, the same on every rank.
 
     Attributes:
         images_seen: After the step.
         loss: The weighted sum that was minimised.
+        terms: Each part of it, a mean over the step's replicas, unweighted.
+        mean_cosine: Between the student's class tokens of different tiles, likewise; near 1 the model has collapsed.
         grad_norm: Global, before clipping.
         stop: Some rank asked to stop after this step.
     """
@@ -64,9 +63,8 @@ class StepMetrics:
     step: int
     images_seen: int
     loss: float
-    dino: float
-    ibot: float
-    kde: float
+    terms: Mapping[str, float]
+    mean_cosine: float
     grad_norm: float
     lr: float
     weight_decay: float
@@ -76,60 +74,72 @@ class StepMetrics:
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """One micro-batch on the device."""
+class Prepared:
+    """What a step learns from, on this rank: students of one teacher can share it.
 
-    replica: int
-    views: Views
-    mask: Tensor  # bool [2b, N]
+    Attributes:
+        inputs: Of this rank's real micro-batches.
+        targets: What the teacher makes of each.
+        turns: Micro-steps, those of padding included.
+    """
 
-
-@dataclass(frozen=True)
-class _Targets:
-    """The teacher's assignments for one micro-batch."""
-
-    dino: Tensor  # [2b, K]
-    ibot: Tensor  # [masked patches, K2]
+    inputs: Sequence[Inputs]
+    targets: Sequence[Any]
+    turns: int
 
 
 class TrainStep:
-    """Runs optimiser steps of a student and its teacher."""
+    """Runs optimiser steps of a student, and of the average that follows it."""
 
-    def __init__(self, recipe: Recipe, student: StudentEngine, teacher: EMATeacher) -> None:
+    def __init__(self, recipe: Recipe, student: StudentEngine, objective: Objective[Any], average: Average) -> None:
         self._recipe = recipe
         self._student = student
-        self._teacher = teacher
-        self._grid = recipe.crops.global_px // ARCHS[recipe.model.arch].patch_px
-        loss = recipe.loss
-        self._weights = torch.tensor([loss.dino_weight, loss.ibot_weight, loss.kde_weight], device=student.device)
+        self._objective = objective
+        self._average = average
+        # The last value of a micro-batch, the mean cosine, is only watched.
+        self._weights = torch.tensor([*objective.weights, 0.0], device=student.device)
 
-    def run(self, step: int, micro_batches: Sequence[MicroBatch | None], stop_requested: bool = False) -> StepMetrics:
-        """Take one optimiser step (collective).
+    def prepare(self, step: int, micro_batches: Sequence[MicroBatch | None]) -> Prepared:
+        """Crops of this rank's micro-batches, and what the teacher makes of them (collective).
 
         Args:
             step: Number of the step.
             micro_batches: This rank's, one for each of its turns, as many on every rank; None is padding, a
                 micro-step of weight zero. At least one must be real.
+        """
+        settings = schedules_at(self._recipe, (step + 1) * self._recipe.batch.tiles)
+        inputs = [self._prepare(micro_batch) for micro_batch in micro_batches if micro_batch is not None]
+        targets = self._objective.targets(inputs, settings.teacher_temperature)
+        return Prepared(inputs, targets, len(micro_batches))
+
+    def update(self, step: int, prepared: Prepared, stop_requested: bool = False) -> StepMetrics:
+        """Take one optimiser step (collective).
+
+        Args:
+            step: Number of the step.
+            prepared: What `prepare` made of its micro-batches.
             stop_requested: Whether this rank wants the run to stop after this step.
 
         Raises:
-            TrainingError: A loss or a gradient is not finite; raised on every rank, before anything is updated.
+            NonFiniteError: A loss or a gradient is not finite; raised on every rank, before anything is updated.
         """
         images_seen = (step + 1) * self._recipe.batch.tiles
         settings = schedules_at(self._recipe, images_seen)
-        inputs = [self._prepare(micro_batch) for micro_batch in micro_batches if micro_batch is not None]
-        targets = self._assign(inputs, settings.teacher_temperature)
-        losses = self._accumulate_gradient(step, inputs, targets, turns=len(micro_batches))
-        (dino, ibot, kde, loss), stop = self._agree(losses, stop_requested)
-        grad_norm = self._student.step(settings)
-        self._teacher.update(settings.ema_momentum)
+        losses = self._accumulate_gradient(step, prepared)
+        terms, mean_cosine, loss, stop = self._agree(losses, stop_requested)
+        try:
+            grad_norm = self._student.step(settings)
+        except NonFiniteError as error:
+            error.measured |= {**terms, "loss": loss}
+            raise
+        self._average.update(settings.ema_momentum)
+        self._objective.advance()
         return StepMetrics(
             step=step,
             images_seen=images_seen,
             loss=loss,
-            dino=dino,
-            ibot=ibot,
-            kde=kde,
+            terms=terms,
+            mean_cosine=mean_cosine,
             grad_norm=grad_norm,
             lr=settings.lr,
             weight_decay=settings.weight_decay,
@@ -138,76 +148,50 @@ class TrainStep:
             stop=stop,
         )
 
-    def _prepare(self, micro_batch: MicroBatch) -> _Inputs:
+    def _prepare(self, micro_batch: MicroBatch) -> Inputs:
         """Crops and masks, functions of the sample ids alone."""
-        recipe, student = self._recipe, self._student
-        tiles = torch.tensor(micro_batch.tiles, device=student.device)
-        views = augment(tiles, micro_batch.sample_ids, recipe)
-        mask = block_masks(micro_batch.sample_ids, recipe.seed, self._grid, recipe.loss)
-        return _Inputs(micro_batch.replica, _cast(views, student.dtype), torch.from_numpy(mask).to(student.device))
+        tiles = torch.tensor(micro_batch.tiles, device=self._student.device)
+        views = augment(tiles, micro_batch.sample_ids, self._recipe)
+        mask = torch.from_numpy(self._objective.mask(micro_batch.sample_ids)).to(self._student.device)
+        return Inputs(micro_batch.replica, _cast(views, self._student.dtype), mask)
 
-    @torch.no_grad()
-    def _assign(self, inputs: Sequence[_Inputs], temperature: float) -> list[_Targets]:
-        """The teacher's logits of all local micro-batches, balanced over the tiles of the whole step."""
-        outputs = [self._teacher(each.views.global_crops, each.mask) for each in inputs]
-        crops = 2 * self._recipe.batch.tiles
-        masked = torch.stack([each.mask.sum() for each in inputs]).to(torch.int64)
-        patches = int(_all_reduce(masked.sum()))
-        dino = self._balance([each["dino"] for each in outputs], temperature, crops)
-        ibot = self._balance([each["ibot"] for each in outputs], temperature, patches)
-        return [_Targets(*pair) for pair in zip(dino, ibot, strict=True)]
-
-    def _balance(self, logits: Sequence[Tensor], temperature: float, total: int) -> list[Tensor]:
-        iterations = self._recipe.loss.sinkhorn_iterations
-        balanced = sinkhorn(torch.cat(list(logits)), temperature, iterations, total, _all_reduce)
-        return list(torch.split(balanced, [len(each) for each in logits]))
-
-    def _accumulate_gradient(
-        self, step: int, inputs: Sequence[_Inputs], targets: Sequence[_Targets], turns: int
-    ) -> Tensor:
-        """Forward and backward of this rank's replicas; returns its share of the mean losses, [3]."""
-        total = torch.zeros(3, device=self._student.device, dtype=torch.float64)
-        for turn in range(turns):
+    def _accumulate_gradient(self, step: int, prepared: Prepared) -> Tensor:
+        """Forward and backward of this rank's replicas; returns its share of the mean losses."""
+        inputs, targets = prepared.inputs, prepared.targets
+        total = torch.zeros(len(self._weights), device=self._student.device, dtype=torch.float64)
+        for turn in range(prepared.turns):
             # Collectives of ZeRO 2 and 3 must match across ranks, so padding repeats the last input with weight zero.
             row = min(turn, len(inputs) - 1)
             share = 1.0 / self._recipe.batch.replicas if turn < len(inputs) else 0.0
             torch.manual_seed(key(self._recipe.seed, "droppath", step, inputs[row].replica))
-            losses = self._losses(inputs[row], targets[row])
+            losses = self._objective.losses(self._student.forward, inputs[row], targets[row])
             self._student.backward((self._weights * losses).sum() * share)
             total += losses.detach() * share
         return total
 
-    def _losses(self, inputs: _Inputs, targets: _Targets) -> Tensor:
-        """DINO, iBOT and KDE of one micro-batch, [3]."""
-        recipe, views = self._recipe, inputs.views
-        outputs = self._student.forward(views.global_crops, views.local_crops, inputs.mask)
-        temperature = recipe.loss.student_temperature
-        dino = dino_loss(outputs["dino"], targets.dino, recipe.crops.local_count, temperature)
-        ibot = ibot_loss(outputs["ibot"], targets.ibot, inputs.mask, temperature)
-        first, second = outputs["cls"].chunk(2)
-        kde = kde_loss(first, recipe.loss.kde_kappa) + kde_loss(second, recipe.loss.kde_kappa)
-        return torch.stack([dino, ibot, kde])
-
-    def _agree(self, losses: Tensor, stop_requested: bool) -> tuple[list[float], bool]:
-        """DINO, iBOT, KDE and the weighted loss over all ranks, and whether any rank wants to stop."""
+    def _agree(self, losses: Tensor, stop_requested: bool) -> tuple[dict[str, float], float, float, bool]:
+        """Terms, mean cosine and weighted loss over all ranks, and whether any rank wants to stop."""
         weighted = (losses * self._weights).sum()
         wish = torch.tensor(float(stop_requested), device=losses.device, dtype=losses.dtype)
-        *values, wishes = _all_reduce(torch.stack([*losses, weighted, wish])).tolist()
-        if not all(map(math.isfinite, values)):
-            raise TrainingError(
+        *values, mean_cosine, loss, wishes = all_reduce(torch.stack([*losses, weighted, wish])).tolist()
+        terms = dict(zip(self._objective.names, values, strict=True))
+        if not all(map(math.isfinite, [*values, loss])):
+            raise NonFiniteError(
                 "the loss is not finite, so no update was made",
-                value=f"dino {values[0]}, ibot {values[1]}, kde {values[2]}",
+                value=", ".join(f"{name} {value}" for name, value in terms.items()),
                 expected="finite numbers",
                 remedy="lower optim.lr or train in fp32, then resume from the last commit",
+                measured={**terms, "loss": loss},
             )
-        return values, wishes > 0
+        return terms, mean_cosine, loss, wishes > 0
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum a tensor over the ranks, in place, and return it."""
+    dist.all_reduce(tensor)
+    return tensor
 
 
 def _cast(views: Views, dtype: torch.dtype) -> Views:
     local_crops = None if views.local_crops is None else views.local_crops.to(dtype)
     return Views(views.global_crops.to(dtype), local_crops)
-
-
-def _all_reduce(tensor: Tensor) -> Tensor:
-    dist.all_reduce(tensor)
-    return tensor

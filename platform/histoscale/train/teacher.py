@@ -1,4 +1,4 @@
-"""The EMA teacher: sharded in fp32, replicated in the precision of the forward pass.
+"""The average of the student's weights, sharded in fp32; as a teacher, also replicated in the forward pass's precision.
 
 Each rank averages only the fragments whose fp32 master weights it owns, so the average costs no communication and is
 the same at every world size and ZeRO stage. One all-reduce then spreads it: fragments partition the parameters, all
@@ -17,8 +17,36 @@ from histoscale.checkpoint.fragments import EMA, MASTER, Fragment
 _ALIGN_ELEMENTS = 64
 
 
-class EMATeacher:
-    """An exponential moving average of the student's fp32 master weights.
+class Average:
+    """An exponential moving average of the student's fp32 master weights: what a run commits.
+
+    Args:
+        masters: This rank's fragments of the student; the average starts equal to them.
+
+    Attributes:
+        fragments: Name -> this rank's share of the average, under the kind `EMA`.
+    """
+
+    def __init__(self, masters: dict[str, Fragment]) -> None:
+        self._masters = masters
+        self.fragments = {
+            name: Fragment(part.offset, part.numel, part.shape, {EMA: part.tensors[MASTER].clone()})
+            for name, part in masters.items()
+        }
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """Move the average towards the student: `ema = momentum * ema + (1 - momentum) * student`."""
+        for name, part in self.fragments.items():
+            part.tensors[EMA].lerp_(self._masters[name].tensors[MASTER], 1.0 - momentum)
+        self.publish()
+
+    def publish(self) -> None:
+        """Tell whoever computes with the average that it has changed (collective); here nobody does."""
+
+
+class EMATeacher(Average):
+    """The average as a network that looks at images.
 
     Args:
         network: A network of the student's class; its parameters become views of one flat buffer.
@@ -28,29 +56,17 @@ class EMATeacher:
 
     Attributes:
         network: The teacher, ready to run.
-        fragments: Name -> this rank's share of the average, under the kind `EMA`.
     """
 
     def __init__(
         self, network: nn.Module, masters: dict[str, Fragment], device: torch.device, dtype: torch.dtype
     ) -> None:
+        super().__init__(masters)
         self.network = network.to(device, dtype).requires_grad_(False).eval()
-        self._masters = masters
-        self.fragments = {
-            name: Fragment(part.offset, part.numel, part.shape, {EMA: part.tensors[MASTER].clone()})
-            for name, part in masters.items()
-        }
         self._starts, numel = _layout(self.network)
         self._flat = torch.zeros(numel, device=device, dtype=dtype)
         for name, parameter in self.network.named_parameters():
             parameter.data = self._flat.narrow(0, self._starts[name], parameter.numel()).view(parameter.shape)
-        self.publish()
-
-    @torch.no_grad()
-    def update(self, momentum: float) -> None:
-        """Move the average towards the student: `ema = momentum * ema + (1 - momentum) * student`."""
-        for name, part in self.fragments.items():
-            part.tensors[EMA].lerp_(self._masters[name].tensors[MASTER], 1.0 - momentum)
         self.publish()
 
     @torch.no_grad()

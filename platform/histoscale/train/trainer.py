@@ -8,12 +8,18 @@ trainer.save(recipe.steps)
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from histoscale.checkpoint.capture import CapturedBatch, capture_failure
 from histoscale.checkpoint.collective import on_first_rank
 from histoscale.checkpoint.fragments import (
+    CENTER_PREFIX,
+    EMA,
+    MASTER,
+    MOMENTS,
     Fragment,
     local_fragments,
     master_fragments,
@@ -23,69 +29,142 @@ from histoscale.checkpoint.fragments import (
 )
 from histoscale.checkpoint.ledger import StepRecord, runs_of
 from histoscale.checkpoint.manifest import Commit
-from histoscale.checkpoint.reader import discard_after, latest_commit, load_into, require_recipe
+from histoscale.checkpoint.reader import discard_after, latest_commit, load_into, require_recipe, require_teacher
 from histoscale.checkpoint.writer import Snapshot, write_checkpoint
 from histoscale.config.decode import fingerprint
 from histoscale.config.recipe import Recipe
-from histoscale.errors import TrainingError
+from histoscale.errors import NonFiniteError, TrainingError
 from histoscale.models.ssl import build_ssl_net
 from histoscale.storage.store import Store
+from histoscale.train.distill import FrozenTeacher, load_frozen_teacher
 from histoscale.train.engine import StudentEngine
-from histoscale.train.step import MicroBatch, StepMetrics, TrainStep
-from histoscale.train.teacher import EMATeacher
+from histoscale.train.objective import Objective, PrototypeObjective
+from histoscale.train.step import MicroBatch, Prepared, StepMetrics, TrainStep, all_reduce
+from histoscale.train.teacher import Average, EMATeacher
 
 
 def build_trainer(recipe: Recipe, device: torch.device, store: Store) -> "Trainer":
     """Student, teacher and optimiser with their initial state (collective).
 
     `torch.distributed` must be initialised, and with CUDA the current device set. `store` is the run folder.
+
+    Raises:
+        HistoscaleError: The recipe distils from a teacher that cannot be used; raised on every rank.
     """
+    if recipe.distill is not None:
+        return build_student(recipe, load_frozen_teacher(recipe, recipe.distill, device), device, store)
     student = StudentEngine(build_ssl_net(recipe), recipe, device)
     masters = master_fragments(student.deepspeed)
     teacher = EMATeacher(build_ssl_net(recipe), masters, device, student.dtype)
-    return Trainer(recipe, student, teacher, store)
+    objective = PrototypeObjective(recipe, teacher, all_reduce, hide_masked=True)
+    return Trainer(recipe, student, teacher, objective, store)
+
+
+def build_student(recipe: Recipe, teacher: FrozenTeacher, device: torch.device, store: Store) -> "Trainer":
+    """Student of a frozen teacher, with its initial state (collective); see `build_trainer`.
+
+    Raises:
+        RecipeError: The recipe's student cannot learn from this teacher.
+    """
+    network, objective = teacher.pupil(recipe)
+    student = StudentEngine(network, recipe, device)
+    average = Average(master_fragments(student.deepspeed))
+    return Trainer(recipe, student, average, objective, store, teacher.fingerprint)
 
 
 class Trainer:
-    """The state of a run on this rank. Every method is collective: all ranks call it alike."""
+    """The state of a run on this rank. Every method is collective: all ranks call it alike.
 
-    def __init__(self, recipe: Recipe, student: StudentEngine, teacher: EMATeacher, store: Store) -> None:
+    Attributes:
+        student: What is trained.
+        teacher: The average that follows it: what is committed, and without a frozen teacher what it learns from.
+        objective: What its steps minimise.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        student: StudentEngine,
+        teacher: Average,
+        objective: Objective[Any],
+        store: Store,
+        frozen_teacher: str | None = None,
+    ) -> None:
         self.student = student
         self.teacher = teacher
+        self.objective = objective
         self._recipe = recipe
         self._store = store
-        self._train_step = TrainStep(recipe, student, teacher)
-        self._shapes = parameter_shapes(student.deepspeed)
+        self._frozen_teacher = frozen_teacher
+        self._train_step = TrainStep(recipe, student, objective, teacher)
+        centers = {CENTER_PREFIX + name: tuple(center.shape) for name, center in objective.centers.items()}
+        self._shapes = parameter_shapes(student.deepspeed) | centers
         self._next_step = 0
         self._last_commit: Commit | None = None
         self._records: list[StepRecord] = []
+
+    @property
+    def next_step(self) -> int:
+        """The step to go on with."""
+        return self._next_step
 
     def resume(self) -> int:
         """Load the newest commit, if there is one; returns the step to go on with.
 
         Raises:
-            CheckpointError: No commit is whole, or it belongs to another recipe.
+            CheckpointError: No commit is whole, or it belongs to another recipe or another frozen teacher.
         """
         commit = on_first_rank(self._newest_commit)
         if commit is not None:
-            materialise_moments(self.student.deepspeed, commit.step)
-            load_into(self._store, commit, self._state(), self._shapes)
-            refresh_parameters(self.student.deepspeed)
-            self.teacher.publish()
-            self._next_step = commit.step
+            self.restore(commit)
         self._last_commit = commit
         return self._next_step
 
+    def restore(self, state: Commit) -> None:
+        """Take over the state of a commit or of a capture, whatever world size wrote it (collective).
+
+        Raises:
+            CheckpointError: It is corrupt, of another network or of a student of another frozen teacher.
+        """
+        require_teacher(state, self._frozen_teacher)
+        materialise_moments(self.student.deepspeed, state.step)
+        load_into(self._store, state, self._state() | self._centers(()), self._shapes)
+        refresh_parameters(self.student.deepspeed)
+        self.teacher.publish()
+        self._next_step = state.step
+
     def step(self, step: int, micro_batches: Sequence[MicroBatch | None], stop_requested: bool = False) -> StepMetrics:
-        """Take one optimiser step; see `TrainStep.run`.
+        """Take one optimiser step; see `TrainStep`.
 
         Raises:
             TrainingError: A loss or gradient is not finite, or the step is not the next one.
         """
+        return self.update(step, micro_batches, self.prepare(step, micro_batches), stop_requested)
+
+    def prepare(self, step: int, micro_batches: Sequence[MicroBatch | None]) -> Prepared:
+        """The first half of a step, which students of one teacher can share; see `TrainStep.prepare`.
+
+        Raises:
+            TrainingError: The step is not the next one.
+        """
         if step != self._next_step:
             raise TrainingError("a step is out of order", value=step, expected=f"step {self._next_step}")
-        metrics = self._train_step.run(step, micro_batches, stop_requested)
+        return self._train_step.prepare(step, micro_batches)
+
+    def update(
+        self, step: int, micro_batches: Sequence[MicroBatch | None], prepared: Prepared, stop_requested: bool = False
+    ) -> StepMetrics:
+        """The second half of a step, from what was prepared of its micro-batches; see `TrainStep.update`.
+
+        Raises:
+            NonFiniteError: A loss or gradient is not finite; it names the capture of the step in the run folder.
+        """
         used = [batch for batch in micro_batches if batch is not None]
+        try:
+            metrics = self._train_step.update(step, prepared, stop_requested)
+        except NonFiniteError as failure:
+            # The frames of the failure hold the step's tensors, whose memory a capture may need.
+            raise self._captured(failure.with_traceback(None), used) from None
         runs = runs_of(int(sample_id) for batch in used for sample_id in batch.sample_ids)
         self._records.append(StepRecord(step, tuple(runs), tuple(fault for batch in used for fault in batch.faults)))
         self._next_step = step + 1
@@ -109,10 +188,18 @@ class Trainer:
             self._records.clear()
         return self._last_commit
 
+    def _captured(self, failure: NonFiniteError, used: Sequence[MicroBatch]) -> NonFiniteError:
+        """The failure, with the place of a capture of the step (collective)."""
+        if self._next_step == 0:
+            materialise_moments(self.student.deepspeed, 0)
+        batches = [CapturedBatch.of(each.replica, each.sample_ids, each.tiles, each.faults) for each in used]
+        return capture_failure(self._store, self._snapshot(self._next_step), batches, failure)
+
     def _newest_commit(self) -> Commit | None:
         commit = latest_commit(self._store)
         if commit is not None:
             require_recipe(commit, fingerprint(self._recipe))
+            require_teacher(commit, self._frozen_teacher)
         discard_after(self._store, commit)
         return commit
 
@@ -128,15 +215,32 @@ class Trainer:
             for name, part in local_fragments(self.student.deepspeed).items()
         }
 
+    def _centers(self, empty_kinds: Sequence[str]) -> dict[str, Fragment]:
+        """The centres of the teacher's logits, whole, under the kind of the average.
+
+        Args:
+            empty_kinds: Further kinds, of zeros: a shard has all kinds of everything.
+        """
+        return {
+            CENTER_PREFIX + name: Fragment(
+                0,
+                center.numel(),
+                tuple(center.shape),
+                {EMA: center} | {kind: torch.zeros_like(center) for kind in empty_kinds},
+            )
+            for name, center in self.objective.centers.items()
+        }
+
     def _snapshot(self, step: int) -> Snapshot:
         return Snapshot(
             step=step,
             images_seen=step * self._recipe.batch.tiles,
             fingerprint=fingerprint(self._recipe),
-            fragments=self._state(),
+            fragments=self._state() | (self._centers((MASTER, *MOMENTS)) if dist.get_rank() == 0 else {}),
             shapes=self._shapes,
             records=self._records,
             quarantine=self._last_commit.quarantine if self._last_commit else (),
+            teacher=self._frozen_teacher,
             written_by={
                 "workers": str(dist.get_world_size()),
                 "zero_stage": str(self._recipe.cluster.zero_stage),

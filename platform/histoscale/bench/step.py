@@ -1,0 +1,180 @@
+"""How much of the machine a training step uses, and what it costs beside the same step in plain PyTorch.
+
+On the CPU, ViT-S/14 in fp32 and bf16, against two baselines of the same call: a naive stack of the same blocks, forward
+and backward alone, and the plain step of `plain_step.py`. On a GPU, ViT-S, L and H with 131,072 prototypes. The peak is
+that of the machine's own matrix products. Nothing here needs Ray.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from histoscale.augment import augment, block_masks
+from histoscale.bench.figure import Figure
+from histoscale.bench.plain_step import PlainBlock, PlainStep
+from histoscale.config.archs import ARCHS
+from histoscale.config.decode import decode_recipe
+from histoscale.config.recipe import Recipe
+from histoscale.models import build_ssl_net
+from histoscale.storage import open_store
+from histoscale.train.flops import block_flops, step_flops_per_tile, tokens_of
+from histoscale.train.trainer import Trainer, build_trainer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CPU_TILES = {"fp32": 4, "bf16": 8}
+GPU_TILES = {"vit_s14_reg4": 128, "vit_l14_reg4": 64, "vit_h14_reg4": 32}
+_ROUNDS = 5
+_PEAK_SIZES = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One replica's tiles in memory."""
+
+    tiles: NDArray[np.uint8]
+    sample_ids: NDArray[np.int64]
+    replica: int = 0
+    faults: tuple[()] = ()
+
+
+def step(device: str = "cpu") -> Iterator[Figure]:
+    """`step.mfu`, `step.mfu_vs_blocks`, `step.overhead_ratio` and `step.augment_share`; on CUDA tiles and memory."""
+    with tempfile.TemporaryDirectory(prefix="histoscale-bench-") as folder:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+        try:
+            if device == "cuda":
+                for arch in GPU_TILES:
+                    yield from _on_gpu(arch, Path(folder))
+            else:
+                for precision in DTYPES:
+                    yield from _on_cpu(precision, Path(folder))
+        finally:
+            dist.destroy_process_group()
+
+
+def _on_cpu(precision: str, folder: Path) -> Iterator[Figure]:
+    recipe, dtype = _recipe("vit_s14", CPU_TILES[precision], 4096, precision), DTYPES[precision]
+    tiles = _tiles(recipe)
+    trainer = build_trainer(recipe, torch.device("cpu"), open_store(folder / precision))
+    plain = PlainStep(recipe, build_ssl_net(recipe).state_dict(), dtype)
+    steps, plain_steps = iter(range(10**9)), iter(range(10**9))
+    seconds = _fastest(
+        {
+            "product": _product("cpu", dtype),
+            "blocks": _naive_blocks(recipe, dtype),
+            "plain": lambda: plain.run(next(plain_steps), tiles.tiles, tiles.sample_ids),
+            "step": lambda: trainer.step(next(steps), [tiles]),
+            "augment": lambda: _augment(recipe, tiles),
+        }
+    )
+    peak = 2 * _PEAK_SIZES["cpu"] ** 3 / seconds["product"]
+    mfu = step_flops_per_tile(recipe, ARCHS["vit_s14"]) * recipe.batch.tiles / seconds["step"] / peak
+    blocks_mfu = _naive_flops(recipe) / seconds["blocks"] / peak
+    details = {"precision": precision, "tiles": recipe.batch.tiles, "peak_flop_per_s": peak, "seconds": seconds}
+    yield Figure("step.mfu", mfu, "share", blocks_mfu, details)
+    yield Figure("step.mfu_vs_blocks", mfu / blocks_mfu, "ratio", 1.0, details)
+    yield Figure("step.overhead_ratio", seconds["step"] / seconds["plain"], "ratio", 1.0, details)
+    yield Figure("step.augment_share", seconds["augment"] / seconds["step"], "share", details=details)
+
+
+def _on_gpu(arch: str, folder: Path) -> Iterator[Figure]:
+    recipe = _recipe(arch, GPU_TILES[arch], 131_072, "bf16")
+    tiles = _tiles(recipe)
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    torch.cuda.reset_peak_memory_stats()
+    trainer = build_trainer(recipe, device, open_store(folder / arch))
+    numbers = iter(range(10**9))
+
+    def run(trainer: Trainer = trainer) -> None:
+        trainer.step(next(numbers), [tiles])
+
+    seconds = _fastest({"product": _product("cuda", torch.bfloat16), "step": run})
+    peak = 2 * _PEAK_SIZES["cuda"] ** 3 / seconds["product"]
+    tiles_per_s = recipe.batch.tiles / seconds["step"]
+    mfu = step_flops_per_tile(recipe, ARCHS[arch]) * tiles_per_s / peak
+    details = {
+        "arch": arch,
+        "gpu": torch.cuda.get_device_name(device),
+        "tiles": recipe.batch.tiles,
+        "peak_flop_per_s": peak,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+        "seconds": seconds,
+    }
+    yield Figure("step.mfu", mfu, "share", details=details)
+    yield Figure("step.tiles_per_s", tiles_per_s, "tiles/s", details=details)
+
+
+def _recipe(arch: str, tiles: int, prototypes: int, precision: str) -> Recipe:
+    return decode_recipe(
+        {
+            "precision": precision,
+            "batch": {"tiles": tiles, "replicas": 1},
+            "model": {"arch": arch, "drop_path": 0.0},
+            "heads": {"dino_prototypes": prototypes, "ibot_prototypes": prototypes},
+            "schedule": {"images": 1_000_000},
+        }
+    )
+
+
+def _tiles(recipe: Recipe) -> Tiles:
+    side_px = recipe.data.region_px
+    pixels = np.random.default_rng(0).integers(0, 256, (recipe.batch.tiles, side_px, side_px, 3), np.uint8)
+    return Tiles(pixels, np.arange(recipe.batch.tiles, dtype=np.int64))
+
+
+def _fastest(actions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Least seconds of each over some rounds, in turn: what is compared meets the same noise."""
+    for action in actions.values():
+        action()
+    seconds = dict.fromkeys(actions, float("inf"))
+    for _ in range(_ROUNDS):
+        for name, action in actions.items():
+            start_s = time.perf_counter()
+            action()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name] = min(seconds[name], time.perf_counter() - start_s)
+    return seconds
+
+
+def _product(device: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+    size = _PEAK_SIZES[device]
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    return lambda: left @ right
+
+
+def _naive_blocks(recipe: Recipe, dtype: torch.dtype) -> Callable[[], None]:
+    """Forward and backward of the student's blocks alone, the crops of each size by themselves."""
+    arch, tiles, crops = ARCHS[recipe.model.arch], recipe.batch.tiles, recipe.crops
+    blocks = nn.Sequential(*(PlainBlock(arch) for _ in range(arch.depth))).to(dtype)
+    shapes = ((2, crops.global_px), (crops.local_count, crops.local_px))
+    inputs = [torch.randn(count * tiles, tokens_of(arch, px), arch.width, dtype=dtype) for count, px in shapes]
+
+    def run() -> None:
+        sum(blocks(each).float().sum() for each in inputs).backward()
+
+    return run
+
+
+def _naive_flops(recipe: Recipe) -> float:
+    arch, crops = ARCHS[recipe.model.arch], recipe.crops
+    large, small = (block_flops(arch, tokens_of(arch, px)) for px in (crops.global_px, crops.local_px))
+    return 3.0 * recipe.batch.tiles * arch.depth * (2 * large + crops.local_count * small)
+
+
+def _augment(recipe: Recipe, tiles: Tiles) -> None:
+    grid = recipe.crops.global_px // ARCHS[recipe.model.arch].patch_px
+    augment(torch.from_numpy(tiles.tiles), tiles.sample_ids, recipe)
+    block_masks(tiles.sample_ids, recipe.seed, grid, recipe.loss)

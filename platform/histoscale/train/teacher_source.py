@@ -1,0 +1,168 @@
+"""The frozen teacher that a recipe names: found, and held against the student's recipe, before its weights are read."""
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from histoscale.checkpoint.manifest import Commit
+from histoscale.checkpoint.reader import latest_commit, require_recipe
+from histoscale.config.archs import ARCHS
+from histoscale.config.decode import decode_recipe, fingerprint, parse_yaml
+from histoscale.config.recipe import DistillSection, Recipe
+from histoscale.errors import CheckpointError, ModelError, RecipeError
+from histoscale.export.exported import read_export
+from histoscale.storage import Store, open_store
+
+_RECIPE_KEY = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class TeacherRun:
+    """A run of ours whose average, backbone and heads, is the teacher."""
+
+    uri: str
+    recipe: Recipe
+    commit: Commit
+
+    def fingerprint(self) -> str:
+        """Names recipe, step and weights."""
+        return f"{self.commit.fingerprint}@{self.commit.step}:{self.commit.manifest_crc32:08x}"
+
+
+@dataclass(frozen=True)
+class TeacherWeights:
+    """A file of weights whose features are the teacher.
+
+    Attributes:
+        arch: Name of its shape.
+        sha256: Of the file, where an export says it.
+    """
+
+    uri: str
+    arch: str
+    qk_norm: bool
+    sha256: str | None
+
+    def fingerprint(self) -> str:
+        """Names the weights by their SHA-256; the file is read for it where no export says it."""
+        return f"sha256:{self.sha256 or _sha256(self.uri)}"
+
+
+def find_teacher(recipe: Recipe, distill: DistillSection) -> TeacherRun | TeacherWeights:
+    """The teacher of a recipe, reachable and fit for its student.
+
+    Raises:
+        HistoscaleError: It cannot be reached, is something else, or does not fit.
+    """
+    if distill.mode == "heads":
+        run = _find_run(distill.teacher)
+        require_same_targets(recipe, run.recipe)
+        return run
+    weights = _find_weights(distill)
+    patch_px = ARCHS[weights.arch].patch_px
+    if recipe.crops.global_px % patch_px:
+        raise RecipeError(
+            "crops.global_px does not fit the teacher",
+            value=recipe.crops.global_px,
+            expected=f"a multiple of the {patch_px} px of a patch of {weights.arch}",
+        )
+    return weights
+
+
+def describe_teacher(source: TeacherRun | TeacherWeights, distill: DistillSection) -> str:
+    """A line for people: whose outputs the run learns from."""
+    if isinstance(source, TeacherRun):
+        what = f"heads of {source.recipe.model.arch} at step {source.commit.step} of {source.uri}"
+    else:
+        what = f"features of {source.arch} from {source.uri}"
+    licence = f", licence: {distill.licence}" if distill.licence else ""
+    return f"teacher: {what}, {source.fingerprint()}{licence}"
+
+
+def require_same_targets(student: Recipe, teacher: Recipe) -> None:
+    """Refuse a student that cannot predict a teacher's prototypes, patch by patch.
+
+    Raises:
+        RecipeError: Prototypes or the grids of patches differ; names every field that does.
+    """
+    ours, theirs = _targets_of(student), _targets_of(teacher)
+    differing = [name for name in theirs if ours.get(name) != theirs[name]]
+    if differing:
+        raise RecipeError(
+            "the student cannot predict what the heads of its teacher say",
+            value=", ".join(f"{name} {ours.get(name)}" for name in differing),
+            expected=", ".join(f"{name} {theirs[name]}" for name in differing),
+            remedy="give the student these values, or distil from an export of the teacher with distill.mode=features",
+        )
+
+
+def _targets_of(recipe: Recipe) -> dict[str, object]:
+    """What must be equal: name of the field -> value."""
+    heads = recipe.heads
+    values: dict[str, object] = {
+        "heads.shared": heads.shared,
+        "heads.dino_prototypes": heads.dino_prototypes,
+        "crops.global_px": recipe.crops.global_px,
+        "the patch of model.arch in px": ARCHS[recipe.model.arch].patch_px,
+    }
+    return values if heads.shared else values | {"heads.ibot_prototypes": heads.ibot_prototypes}
+
+
+def _find_run(uri: str) -> TeacherRun:
+    store = open_store(uri)
+    if not store.exists(_RECIPE_KEY):
+        raise ModelError(
+            f"the teacher at {store.uri} is not a run folder",
+            expected=f"the --out of jobs/pretrain.py, with a {_RECIPE_KEY} in it",
+            remedy="correct distill.teacher; an export or published weights need distill.mode=features",
+        )
+    recipe = decode_recipe(
+        parse_yaml(store.get(_RECIPE_KEY).decode(), _RECIPE_KEY), source=f"{store.uri}/{_RECIPE_KEY}"
+    )
+    if recipe.distill is not None and recipe.distill.mode == "features":
+        raise ModelError(
+            f"the teacher at {store.uri} has no heads: it was distilled from features itself",
+            remedy="export it with jobs/export.py, and set distill.teacher to the export and distill.mode=features",
+        )
+    commit = latest_commit(store)
+    if commit is None:
+        raise CheckpointError(
+            f"the teacher at {store.uri} has no checkpoint yet",
+            expected="one commit or more",
+            remedy="let its run come to its end first",
+        )
+    require_recipe(commit, fingerprint(recipe))
+    return TeacherRun(store.uri, recipe, commit)
+
+
+def _find_weights(distill: DistillSection) -> TeacherWeights:
+    if distill.arch is None:
+        export = read_export(open_store(distill.teacher))
+        return TeacherWeights(export.weights, export.arch, export.qk_norm, export.sha256)
+    store, name = _located(distill.teacher)
+    if not store.exists(name):
+        raise ModelError(
+            "there is no file of the teacher's weights",
+            value=distill.teacher,
+            expected="a .safetensors or .pth file of published weights",
+            remedy="correct distill.teacher",
+        )
+    return TeacherWeights(distill.teacher, distill.arch, qk_norm=False, sha256=None)
+
+
+def _located(uri: str) -> tuple[Store, str]:
+    """The store of a file, and the file's name in it."""
+    folder, _, name = uri.rpartition("/")
+    return open_store(folder or "/"), name
+
+
+def _sha256(uri: str) -> str:
+    store, name = _located(uri)
+    with tempfile.TemporaryDirectory(prefix="histoscale-teacher-") as scratch:
+        path = store.local_path(name)
+        if path is None:
+            path = Path(scratch) / name
+            store.download(name, path)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
