@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import Recipe
+from histoscale.errors import RecipeError
 from histoscale.models import build_ssl_net
 from histoscale.train.flops import step_flops_per_tile
 
@@ -35,3 +36,11 @@ def test_it_equals_what_torch_counts(arch: str, shared: bool, monkeypatch: pytes
         sum(each.sum() for each in [*logits, out["cls"]]).backward()
     counted = counter.get_total_flops() / tiles
     assert step_flops_per_tile(recipe, shallow) == pytest.approx(counted, rel=1e-6)
+
+
+def test_a_distilled_step_is_not_counted_as_one_of_pretraining() -> None:
+    recipe = Recipe.model_validate(
+        {"model": {"arch": "vit_s14", "drop_path": 0.0}, "distill": {"teacher": "s3://bucket/run"}}
+    )
+    with pytest.raises(RecipeError, match="pretraining alone"):
+        step_flops_per_tile(recipe, ARCHS["vit_s14"])

@@ -30,7 +30,7 @@ from histoscale.train.flops import block_flops, step_flops_per_tile, tokens_of
 from histoscale.train.trainer import Trainer, build_trainer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CPU_TILES = {"fp32": 4, "bf16": 8}
+CPU_TILES = 8
 GPU_TILES = {"vit_s14_reg4": 128, "vit_l14_reg4": 64, "vit_h14_reg4": 32}
 _ROUNDS = 5
 _PEAK_SIZES = {"cpu": 2048, "cuda": 8192}
@@ -64,7 +64,7 @@ def step(device: str = "cpu") -> Iterator[Figure]:
 
 
 def _on_cpu(precision: str, folder: Path) -> Iterator[Figure]:
-    recipe, dtype = _recipe("vit_s14", CPU_TILES[precision], 4096, precision), DTYPES[precision]
+    recipe, dtype = _recipe("vit_s14", CPU_TILES, 4096, precision), DTYPES[precision]
     tiles = _tiles(recipe)
     trainer = build_trainer(recipe, torch.device("cpu"), open_store(folder / precision))
     plain = PlainStep(recipe, build_ssl_net(recipe).state_dict(), dtype)

@@ -176,6 +176,7 @@ class Block(nn.Module):
             ]
         )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _kept(self, images: int) -> Tensor:
         """Which images keep a branch."""
         kept = max(1, int(images * (1.0 - self.drop_path) + torch.rand(()).item()))
@@ -242,6 +243,7 @@ class VisionTransformer(nn.Module):
         x_PD = pack(parts)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
+                # Reentrant: the other form compares tensors with those of the forward pass, which ZeRO 3 has emptied.
                 x_PD = checkpoint(block, x_PD, spans, use_reentrant=True)
             else:
                 x_PD = block(x_PD, spans)

@@ -35,6 +35,6 @@ class CollapseAlarm:
             return None
         return (
             f"the model collapses: the class tokens of different tiles have had a mean cosine above {COLLAPSED_COSINE} "
-            f"for {PATIENCE_STEPS} steps (now {mean_cosine:.4f}); resume from a commit before it with a higher "
-            "loss.kde_weight, a lower optim.lr or a lower loss.teacher_temperature"
+            f"for {PATIENCE_STEPS} steps (now {mean_cosine:.4f}); start another run with a higher loss.kde_weight, a "
+            "lower optim.lr or a lower loss.teacher_temperature"
         )

@@ -74,7 +74,7 @@ class StudentEngine:
                 "the gradient is not finite, so no update was made",
                 value=norm,
                 expected="a finite norm",
-                remedy="lower optim.lr or train in fp32, then resume from the last commit",
+                remedy="start another run, with a new --out and a lower optim.lr or precision=fp32",
                 measured={"grad_norm": norm},
             )
         return norm
@@ -116,7 +116,7 @@ def _config(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
         "gradient_clipping": recipe.optim.clip_norm,
         "zero_optimization": {"stage": recipe.cluster.zero_stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
         # The default accumulates in bf16, where the sum depends on how replicas are spread over ranks.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

@@ -7,6 +7,7 @@ and the optimiser do not count.
 
 from histoscale.config.archs import Arch
 from histoscale.config.recipe import HeadSection, Recipe
+from histoscale.errors import RecipeError
 
 _FORWARD_AND_BACKWARD = 3  # the backward pass makes two products for each of the forward pass
 
@@ -37,7 +38,12 @@ def step_flops_per_tile(recipe: Recipe, arch: Arch) -> float:
     """All of one tile's share of a step of pretraining: teacher, student, heads; masked patches at their mean number.
 
     Stochastic depth leaves out its share of the student's blocks.
+
+    Raises:
+        RecipeError: The recipe distils.
     """
+    if recipe.distill is not None:
+        raise RecipeError("the work of a step is counted for pretraining alone", expected="a recipe without `distill`")
     crops, heads = recipe.crops, recipe.heads
     low, high = recipe.loss.mask_ratio
     masked = (crops.global_px // arch.patch_px) ** 2 * (low + high) / 2.0  # one of the two global crops is masked

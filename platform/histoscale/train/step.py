@@ -180,7 +180,7 @@ class TrainStep:
                 "the loss is not finite, so no update was made",
                 value=", ".join(f"{name} {value}" for name, value in terms.items()),
                 expected="finite numbers",
-                remedy="lower optim.lr or train in fp32, then resume from the last commit",
+                remedy="start another run, with a new --out and a lower optim.lr or precision=fp32",
                 measured={**terms, "loss": loss},
             )
         return terms, mean_cosine, loss, wishes > 0

@@ -163,7 +163,6 @@ class Trainer:
         try:
             metrics = self._train_step.update(step, prepared, stop_requested)
         except NonFiniteError as failure:
-            # The frames of the failure hold the step's tensors, whose memory a capture may need.
             raise self._captured(failure.with_traceback(None), used) from None
         runs = runs_of(int(sample_id) for batch in used for sample_id in batch.sample_ids)
         self._records.append(StepRecord(step, tuple(runs), tuple(fault for batch in used for fault in batch.faults)))
