@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.conftest import S3Server
 from torch import Tensor, nn
 
@@ -515,10 +515,24 @@ def test_a_job_is_refused_before_it_starts_where_its_teacher_is_not_there(run: S
     index, out = an_index(tmp_path), tmp_path / "student"
     recipe = heads(run, data={"mix": [{"mpp": 0.5, "share": 1}]})
     checked = check_request(PretrainRequest(recipe, index.uri, str(out), "job"))
-    assert checked.teacher == describe_teacher(find(recipe), section(recipe))
+    assert checked.origins[0] == describe_teacher(find(recipe), section(recipe))
     astray = recipe.model_copy(update={"distill": DistillSection(teacher=str(tmp_path / "nowhere"))})
     with pytest.raises(ModelError, match="is not a run folder"):
         check_request(PretrainRequest(astray, index.uri, str(out), "job"))
     alone = recipe.model_copy(update={"distill": None})
-    assert check_request(PretrainRequest(alone, index.uri, str(out), "job")).teacher is None
+    assert check_request(PretrainRequest(alone, index.uri, str(out), "job")).origins == ()
     assert not out.exists()
+
+
+def test_a_job_says_which_published_weights_it_starts_from_or_why_it_cannot(tmp_path: Path) -> None:
+    index, file = an_index(tmp_path), tmp_path / "weights.safetensors"
+    model = {"arch": "vit_test14", "weights": str(file)}
+    recipe = Recipe.model_validate({"model": model, "data": {"mix": [{"mpp": 0.5, "share": 1}]}})
+    request = PretrainRequest(recipe, index.uri, str(tmp_path / "run"), "job")
+    with pytest.raises(StorageError):
+        check_request(request)
+    save_file(dict(VisionTransformer(ARCHS["vit_test14"], 224).state_dict()), file)
+    (line,) = check_request(request).origins
+    assert line.startswith(f"weights: {file} in timm's layout, sha256:")
+    net = build_ssl_net(recipe)
+    assert torch.equal(net.backbone.pos_embed, load_file(file)["pos_embed"])

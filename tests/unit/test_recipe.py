@@ -101,6 +101,7 @@ def test_every_problem_of_a_file_is_reported_at_once_with_the_nearest_name() -> 
         ({"crops": {"window": {"kind": "random_resized", "local_scale": [0.3, 0.1]}}}, "local_scale must be"),
         ({"crops": {"window": {"kind": "random_resized", "scale": [0.9, 1.1]}}}, "scale is not a field"),
         ({"crops": {"window": {"kind": "centre"}}}, "'extended_context', 'random_resized'"),
+        ({"model": {"weights": "dinov2.pth"}}, "weights must be an absolute path or an s3:// URI"),
         ({"crops": {"window": 3}}, "'extended_context', 'random_resized'"),
         ({"crops": {"window": {"kind": "random_resized", "local_scal": [0, 1]}}}, "nearest: .*local_scale"),
         ({"crops": {"poses": "turns"}}, "crops.poses = 'turns'"),

@@ -31,8 +31,10 @@ from histoscale.cluster.run_folder import (
 )
 from histoscale.cluster.segments import next_segments, out_from, read_segments, write_segments
 from histoscale.cluster.worker import WorkerSpec, train_worker
+from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import Recipe
 from histoscale.errors import RunError
+from histoscale.models.published import describe_published, load_published
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
 from histoscale.slides.catalogue import Catalogue, open_catalogue
@@ -61,14 +63,14 @@ class CheckedRequest:
     """A request whose recipe, index, teacher and run folder fit each other; nothing was written yet.
 
     Attributes:
-        teacher: A line that tells of the frozen teacher, where there is one.
+        origins: Lines that tell of the frozen teacher and of published weights, where there are such.
     """
 
     request: PretrainRequest
     store: Store
     catalogue: Catalogue
     plan: Plan
-    teacher: str | None
+    origins: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -84,19 +86,29 @@ def check_request(request: PretrainRequest) -> CheckedRequest:
     """Check what can be checked without a cluster.
 
     Raises:
-        HistoscaleError: The index cannot be read, no slide serves a magnification, the frozen teacher cannot be used,
-            or the run folder is another's.
+        HistoscaleError: The index cannot be read, no slide serves a magnification, the frozen teacher or the published
+            weights cannot be used, or the run folder is another's.
     """
     store = open_store(request.run_uri)
     # A run keeps to the snapshot that it began with, however the index has grown since.
     catalogue = open_catalogue(request.index_uri, recorded_snapshot(store))
     spec = PlanSpec.from_recipe(request.recipe)
     plan = Plan(spec, catalogue.rows, catalogue.columns, catalogue.values, catalogue.mask)
-    distill = request.recipe.distill
-    teacher = None if distill is None else describe_teacher(find_teacher(request.recipe, distill), distill)
-    checked = CheckedRequest(request, store, catalogue, plan, teacher)
+    checked = CheckedRequest(request, store, catalogue, plan, _origins(request.recipe))
     _resumed_recipe(checked)
     return checked
+
+
+def _origins(recipe: Recipe) -> tuple[str, ...]:
+    """What the run learns from beside slides, found and read before a worker starts."""
+    lines = []
+    if recipe.distill is not None:
+        lines.append(describe_teacher(find_teacher(recipe, recipe.distill), recipe.distill))
+    model = recipe.model
+    if model.weights is not None:
+        published = load_published(model.weights, ARCHS[model.arch], recipe.crops.global_px, model.qk_norm)
+        lines.append(describe_published(model.weights, published))
+    return tuple(lines)
 
 
 def _resumed_recipe(checked: CheckedRequest) -> Recipe | None:
@@ -137,8 +149,8 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
         tell(f"plan {checked.plan.fingerprint(catalogue.snapshot_id)} over snapshot {catalogue.snapshot_id}")
         for line in describe_plan(checked.plan.report()):
             tell(line)
-        if checked.teacher is not None:
-            tell(checked.teacher)
+        for line in checked.origins:
+            tell(line)
         tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
         bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
         _run_to_the_end(store, recipe, device, feed, _Watched(lease, bad_slides, tell))

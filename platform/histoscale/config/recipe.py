@@ -114,6 +114,8 @@ class ModelSection(Section):
     def _known(self) -> Self:
         if self.arch not in ARCHS:
             raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {self.arch!r}")
+        if self.weights is not None and "://" not in self.weights and not self.weights.startswith("/"):
+            raise ValueError(f"weights must be an absolute path or an s3:// URI, got {self.weights!r}")
         return self
 
 

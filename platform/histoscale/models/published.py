@@ -88,6 +88,14 @@ def load_published(path: str, arch: Arch, image_px: int, qk_norm: bool = False) 
     return PublishedWeights(state, layout, sha256, resized_from_grid, tuple(sorted(unused)), tuple(sorted(fresh)))
 
 
+def describe_published(path: str, weights: PublishedWeights) -> str:
+    """A line for people: which weights a backbone starts from, and what of the file plays no part."""
+    resized = f", positions resized from a grid of {weights.resized_from_grid}" if weights.resized_from_grid else ""
+    unused = f", without {', '.join(weights.unused)}" if weights.unused else ""
+    fresh = f", {len(weights.fresh)} norms of queries and keys drawn" if weights.fresh else ""
+    return f"weights: {path} in {weights.layout}'s layout, sha256:{weights.sha256}{resized}{unused}{fresh}"
+
+
 def _read(uri: str) -> tuple[Any, str]:
     """What the file holds, and its SHA-256."""
     folder, _, name = uri.rpartition("/")

@@ -90,11 +90,16 @@ def build_ssl_net(recipe: Recipe) -> SSLNet:
         ModelError: The recipe's published weights cannot be read or do not fit.
         StorageError: They cannot be reached.
     """
-    with torch.device("meta"):
-        net = SSLNet(recipe)
-    net.to_empty(device="cpu")
+    net = empty_ssl_net(recipe)
     give_initial_weights(net, net.backbone, recipe)
     return net
+
+
+def empty_ssl_net(recipe: Recipe) -> SSLNet:
+    """New network on the CPU in fp32 whose weights are still to come."""
+    with torch.device("meta"):
+        net = SSLNet(recipe)
+    return net.to_empty(device="cpu")
 
 
 def give_initial_weights(net: nn.Module, backbone: VisionTransformer, recipe: Recipe) -> None:

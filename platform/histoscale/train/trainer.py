@@ -34,7 +34,7 @@ from histoscale.checkpoint.writer import Snapshot, write_checkpoint
 from histoscale.config.decode import fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.errors import NonFiniteError, TrainingError
-from histoscale.models.ssl import build_ssl_net
+from histoscale.models.ssl import build_ssl_net, empty_ssl_net
 from histoscale.storage.store import Store
 from histoscale.train.distill import FrozenTeacher, load_frozen_teacher
 from histoscale.train.engine import StudentEngine
@@ -55,7 +55,7 @@ def build_trainer(recipe: Recipe, device: torch.device, store: Store) -> "Traine
         return build_student(recipe, load_frozen_teacher(recipe, recipe.distill, device), device, store)
     student = StudentEngine(build_ssl_net(recipe), recipe, device)
     masters = master_fragments(student.deepspeed)
-    teacher = EMATeacher(build_ssl_net(recipe), masters, device, student.dtype)
+    teacher = EMATeacher(empty_ssl_net(recipe), masters, device, student.dtype)
     objective = PrototypeObjective(recipe, teacher, all_reduce, hide_masked=True)
     return Trainer(recipe, student, teacher, objective, store)
 
