@@ -9,7 +9,7 @@ import importlib
 import inspect
 import sys
 
-NAMES = ("faults", "feed", "index", "memory", "overhead", "plan", "quickstart", "step", "stream", "tissue")
+NAMES = ("faults", "feed", "index", "learning", "memory", "overhead", "plan", "quickstart", "step", "stream", "tissue")
 
 
 def main() -> None:
