@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from histoscale.checkpoint.collective import on_every_rank, on_first_rank
 from histoscale.checkpoint.ledger import Run, runs_of
-from histoscale.checkpoint.manifest import MANIFEST_NAME, Commit, Manifest, Shard, commit_of, encode
+from histoscale.checkpoint.manifest import MANIFEST_NAME, Commit, Manifest, Shard, commit_of, encode, folders_below
 from histoscale.checkpoint.writer import Snapshot, write_shard
 from histoscale.errors import CheckpointError, HistoscaleError, NonFiniteError, StorageError
 from histoscale.storage.store import Store, join
@@ -195,7 +195,7 @@ def _state(snapshot: Snapshot, folder: str, shards: Sequence[Shard], manifest: b
 def _remove_retired(store: Store, newest: str) -> None:
     """Delete all captures but `newest` and the newest of the others, and what is torn."""
     keys = [info.key for info in store.list(FOLDER)]
-    folders = {key[: key.index("/", len(FOLDER)) + 1] for key in keys if "/" in key[len(FOLDER) :]} - {newest}
+    folders = folders_below(FOLDER, keys) - {newest}
     whole = sorted((created, folder) for folder in folders if (created := _created(store, folder)))
     kept = {folder for _, folder in whole[-(KEPT - 1) :]}
     for folder in sorted(folders - kept):

@@ -11,6 +11,7 @@ The world size and the ZeRO stage that wrote a checkpoint show only in how the r
 import json
 import re
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,6 +90,11 @@ class Commit:
     written_by: dict[str, str]
     quarantine: tuple[Quarantined, ...] = ()
     teacher: str | None = None
+
+
+def folders_below(prefix: str, keys: Iterable[str]) -> set[str]:
+    """The key prefixes of the folders below `prefix` that hold one of the keys, which all begin with it."""
+    return {key[: key.index("/", len(prefix)) + 1] for key in keys if "/" in key[len(prefix) :]}
 
 
 def marker_key(step: int) -> str:

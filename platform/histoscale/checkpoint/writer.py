@@ -31,6 +31,7 @@ from histoscale.checkpoint.manifest import (
     decode_commit,
     encode,
     folder_prefix,
+    folders_below,
     marker_key,
     marker_step,
 )
@@ -95,7 +96,7 @@ def remove_retired(store: Store, keep_last: int) -> None:
     for step in steps[:-keep_last]:
         store.delete(marker_key(step))
     kept = {decode_commit(store.get(marker_key(step)), marker_key(step)).folder for step in steps[-keep_last:]}
-    folders = {key[: key.index("/", len(FOLDER)) + 1] for key in keys if "/" in key[len(FOLDER) :]}
+    folders = folders_below(FOLDER, keys)
     for folder in sorted(folders - kept):
         store.delete_prefix(folder)
 

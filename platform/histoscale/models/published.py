@@ -11,7 +11,8 @@ import math
 import pickle
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -25,7 +26,7 @@ from torch import Tensor
 from histoscale.config.archs import ARCHS, Arch
 from histoscale.errors import ModelError
 from histoscale.models.vit import VisionTransformer
-from histoscale.storage import open_store
+from histoscale.storage import Store, open_store
 
 Layout: TypeAlias = Literal["timm", "meta"]
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
@@ -96,13 +97,20 @@ def describe_published(path: str, weights: PublishedWeights) -> str:
     return f"weights: {path} in {weights.layout}'s layout, sha256:{weights.sha256}{resized}{unused}{fresh}"
 
 
-def _read(uri: str) -> tuple[Any, str]:
-    """What the file holds, and its SHA-256."""
+def located(uri: str) -> tuple[Store, str]:
+    """The store of a file, and the file's name in it."""
     folder, _, name = uri.rpartition("/")
-    suffix = Path(name).suffix
-    if suffix not in (".safetensors", ".pth"):
-        raise ModelError("the weights are in no known format", value=uri, expected="a .safetensors or .pth file")
-    store = open_store(folder or ("/" if uri.startswith("/") else "."))
+    return open_store(folder or ("/" if uri.startswith("/") else ".")), name
+
+
+@contextmanager
+def fetched(uri: str) -> Iterator[tuple[Path, str]]:
+    """A file of weights on this machine, for as long as the block lasts, and its SHA-256.
+
+    Raises:
+        StorageError: It cannot be reached.
+    """
+    store, name = located(uri)
     with tempfile.TemporaryDirectory(prefix="histoscale-weights-") as scratch:
         path = store.local_path(name)
         if path is None or not path.is_file():
@@ -110,6 +118,15 @@ def _read(uri: str) -> tuple[Any, str]:
             store.download(name, path)
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        yield path, sha256
+
+
+def _read(uri: str) -> tuple[Any, str]:
+    """What the file holds, and its SHA-256."""
+    suffix = Path(uri).suffix
+    if suffix not in (".safetensors", ".pth"):
+        raise ModelError("the weights are in no known format", value=uri, expected="a .safetensors or .pth file")
+    with fetched(uri) as (path, sha256):
         try:
             content = load_file(path) if suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:

@@ -1,9 +1,6 @@
 """The frozen teacher that a recipe names: found, and held against the student's recipe, before its weights are read."""
 
-import hashlib
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from histoscale.checkpoint.manifest import Commit
 from histoscale.checkpoint.reader import latest_commit, require_recipe
@@ -12,7 +9,8 @@ from histoscale.config.decode import decode_recipe, fingerprint, parse_yaml
 from histoscale.config.recipe import DistillSection, Recipe
 from histoscale.errors import CheckpointError, ModelError, RecipeError
 from histoscale.export.exported import read_export
-from histoscale.storage import Store, open_store
+from histoscale.models.published import fetched, located
+from histoscale.storage import open_store
 
 _RECIPE_KEY = "recipe.yaml"
 
@@ -46,7 +44,10 @@ class TeacherWeights:
 
     def fingerprint(self) -> str:
         """Names the weights by their SHA-256; the file is read for it where no export says it."""
-        return f"sha256:{self.sha256 or _sha256(self.uri)}"
+        if self.sha256 is not None:
+            return f"sha256:{self.sha256}"
+        with fetched(self.uri) as (_, sha256):
+            return f"sha256:{sha256}"
 
 
 def find_teacher(recipe: Recipe, distill: DistillSection) -> TeacherRun | TeacherWeights:
@@ -140,7 +141,7 @@ def _find_weights(distill: DistillSection) -> TeacherWeights:
     if distill.arch is None:
         export = read_export(open_store(distill.teacher))
         return TeacherWeights(export.weights, export.arch, export.qk_norm, export.sha256)
-    store, name = _located(distill.teacher)
+    store, name = located(distill.teacher)
     if not store.exists(name):
         raise ModelError(
             "there is no file of the teacher's weights",
@@ -149,20 +150,3 @@ def _find_weights(distill: DistillSection) -> TeacherWeights:
             remedy="correct distill.teacher",
         )
     return TeacherWeights(distill.teacher, distill.arch, qk_norm=False, sha256=None)
-
-
-def _located(uri: str) -> tuple[Store, str]:
-    """The store of a file, and the file's name in it."""
-    folder, _, name = uri.rpartition("/")
-    return open_store(folder or "/"), name
-
-
-def _sha256(uri: str) -> str:
-    store, name = _located(uri)
-    with tempfile.TemporaryDirectory(prefix="histoscale-teacher-") as scratch:
-        path = store.local_path(name)
-        if path is None:
-            path = Path(scratch) / name
-            store.download(name, path)
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
