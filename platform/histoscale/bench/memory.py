@@ -177,7 +177,9 @@ class Peak:
         self._watcher.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(_SAMPLE_S):
+        over = False
+        while not over:
+            over = self._over.wait(_SAMPLE_S)
             self.bytes = max(self.bytes, _anonymous_bytes() - self._before)
 
 

@@ -5,6 +5,7 @@ world size. DeepSpeed is imported on first use: it takes seconds, and only train
 """
 
 import contextlib
+import ctypes
 import io
 import logging
 import math
@@ -23,6 +24,8 @@ from histoscale.train.groups import parameter_groups
 from histoscale.train.schedules import StepSettings
 
 _BF16_CAPABILITY = (8, 0)  # Ampere
+# Parameters of glibc's mallopt: from which size on memory is mapped anew, and how much freed memory is given back.
+_GLIBC_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1}
 
 
 class StudentEngine:
@@ -40,6 +43,8 @@ class StudentEngine:
         self.world_size = dist.get_world_size()
         network.to(device)
         _tune(network, recipe)
+        if device.type == "cpu":
+            _keep_freed_memory()
         groups = parameter_groups(network, recipe.optim)
         optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, betas=recipe.optim.betas)
         deepspeed, config = _import_deepspeed(device), _config(recipe, self.dtype)
@@ -87,6 +92,18 @@ def _tune(network: nn.Module, recipe: Recipe) -> None:
     if recipe.cluster.compile:
         for block in backbone.blocks:
             block.compile()
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library use freed tensors of any size again, as PyTorch does on a GPU.
+
+    By default glibc maps a tensor of more than 32 MB anew each time, and the system clears its pages. What the user has
+    set in the environment stands; another C library is left as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for variable, parameter in _GLIBC_THRESHOLDS.items():
+        if mallopt is not None and variable not in os.environ:
+            mallopt(parameter, 2**31 - 1)
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
