@@ -65,7 +65,7 @@ def materialise_moments(engine: "DeepSpeedEngine", step: int) -> None:
     optimizer = engine.optimizer.optimizer
     for buffer in _flat_buffers(engine):
         optimizer.state[buffer] = {
-            "step": torch.tensor(float(step), dtype=torch.float32),
+            "step": torch.tensor(float(step), dtype=torch.float32, device=buffer.device),
             **{kind: torch.zeros_like(buffer) for kind in MOMENTS},
         }
 

@@ -7,8 +7,8 @@ Shape suffixes: B images of one size, N patches, T tokens (class + registers + p
 D width, H heads, C width of a head.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
@@ -49,17 +49,42 @@ class Attention(nn.Module):
 
     def forward(self, x_PD: Tensor, spans: Spans) -> Tensor:
         """Mix the tokens of each image."""
-        qkv_P3D = self.qkv(x_PD)
-        mixed = [self._mix(part, images) for part, (images, _) in zip(unpack(qkv_P3D, spans), spans, strict=True)]
+        heads: tuple[Tensor, ...] = _Heads.apply(self.qkv(x_PD), spans, self.heads)  # type: ignore[no-untyped-call]
+        mixed = [self._mix(*heads[first : first + 3]) for first in range(0, len(heads), 3)]
         projected: Tensor = self.proj(pack(mixed))
         return projected
 
-    def _mix(self, qkv_BT3D: Tensor, images: int) -> Tensor:
+    def _mix(self, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor) -> Tensor:
         """Attention among images of one size: [B, T, D]."""
-        tokens, width = qkv_BT3D.shape[1], qkv_BT3D.shape[2] // 3
-        qkv_3BHTC = qkv_BT3D.view(images, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        q_BHTC, k_BHTC, v_BHTC = qkv_3BHTC.unbind(0)
-        return attend(self.q_norm(q_BHTC), self.k_norm(k_BHTC), v_BHTC).transpose(1, 2).reshape(images, tokens, width)
+        return attend(self.q_norm(q_BHTC), self.k_norm(k_BHTC), v_BHTC).transpose(1, 2).flatten(2)
+
+
+class _Heads(torch.autograd.Function):
+    """Queries, keys and values of every size, as views: autograd alone assembles their gradient in three passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401  its type has no public name
+        qkv_P3D: Tensor,
+        spans: Spans,
+        heads: int,
+    ) -> tuple[Tensor, ...]:
+        """For each size three views [B, H, T, C]."""
+        ctx.spans, ctx.heads, ctx.shape = spans, heads, qkv_P3D.shape
+        return tuple(_heads(qkv_P3D, spans, heads))
+
+    @staticmethod
+    def backward(ctx: Any, *grads_BHTC: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        """The gradient of the packed layer's output: [P, 3 D]."""
+        grad_P3D = grads_BHTC[0].new_empty(ctx.shape)
+        for part_BHTC, grad_BHTC in zip(_heads(grad_P3D, ctx.spans, ctx.heads), grads_BHTC, strict=True):
+            part_BHTC.copy_(grad_BHTC)
+        return grad_P3D, None, None
+
+
+def _heads(qkv_P3D: Tensor, spans: Spans, heads: int) -> Iterator[Tensor]:
+    for part_BT3D in unpack(qkv_P3D, spans):
+        yield from part_BT3D.view(*part_BT3D.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
 
 
 def unpack(x_PD: Tensor, spans: Spans) -> list[Tensor]:

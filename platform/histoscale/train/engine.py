@@ -46,7 +46,7 @@ class StudentEngine:
         if device.type == "cpu":
             _keep_freed_memory()
         groups = parameter_groups(network, recipe.optim)
-        optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, betas=recipe.optim.betas)
+        optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, betas=recipe.optim.betas, fused=True)
         deepspeed, config = _import_deepspeed(device), _config(recipe, self.dtype)
         with contextlib.redirect_stdout(io.StringIO()):  # its ZeRO 1 in bf16 prints tables of memory
             self.deepspeed = deepspeed.initialize(

@@ -288,14 +288,14 @@ def _reducing(rank: Rank) -> dict[str, int]:
 
 
 def _optimising(rank: Rank) -> dict[str, int]:
-    """Gradients of this rank's part, where they are not state, and AdamW's work on the largest group of parameters.
+    """Gradients of this rank's part, where they are not state, and the gradient of the largest group once more.
 
-    AdamW makes the square root of the second moment, and on a CPU a quotient beside it. The gradient of a group is
-    flattened first, unless it lies flat: in bf16 it does under ZeRO 1 and 2.
+    The gradient of a group is flattened for AdamW, unless it lies flat: in bf16 it does under ZeRO 1 and 2. AdamW is
+    fused, and needs nothing else.
     """
     count = network_parameters(rank.recipe, rank.arch)
     part = math.ceil(count / rank.workers) * FP32_BYTES
     group = math.ceil(largest_group(rank.recipe, rank.arch) / rank.workers) * FP32_BYTES
     flat = rank.bf16 and rank.stage < 3
     held = 0 if rank.stage == 3 else count * rank.element_bytes if flat and rank.stage == 1 else part
-    return {"gradients of the step": held, "AdamW": group * ((2 if rank.on_cpu else 1) + (0 if flat else 1))}
+    return {"gradients of the step": held, "flattened gradient": 0 if flat else group}
