@@ -24,8 +24,9 @@ from histoscale.train.groups import parameter_groups
 from histoscale.train.schedules import StepSettings
 
 _BF16_CAPABILITY = (8, 0)  # Ampere
-# Parameters of glibc's mallopt: from which size on memory is mapped anew, and how much freed memory is given back.
-_GLIBC_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1}
+# Environment variable -> number and value of glibc's mallopt: from which size on memory is mapped anew (the largest
+# that can be said), and how much freed memory is given back (-1: none).
+_GLIBC_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": (-3, 2**31 - 1), "MALLOC_TRIM_THRESHOLD_": (-1, -1)}
 
 
 class StudentEngine:
@@ -101,9 +102,9 @@ def _keep_freed_memory() -> None:
     set in the environment stands; another C library is left as it is.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for variable, parameter in _GLIBC_THRESHOLDS.items():
+    for variable, (parameter, value) in _GLIBC_THRESHOLDS.items():
         if mallopt is not None and variable not in os.environ:
-            mallopt(parameter, 2**31 - 1)
+            mallopt(parameter, value)
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
