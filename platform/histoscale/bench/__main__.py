@@ -9,14 +9,29 @@ import importlib
 import inspect
 import sys
 
-NAMES = ("faults", "feed", "index", "learning", "memory", "overhead", "plan", "quickstart", "step", "stream", "tissue")
+NAMES = (
+    "augment",
+    "faults",
+    "feed",
+    "index",
+    "learning",
+    "memory",
+    "overhead",
+    "plan",
+    "quickstart",
+    "step",
+    "stream",
+    "tissue",
+)
 
 
 def main() -> None:
     """Read the name, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where `step` trains")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where `augment`, `memory` and `step` train"
+    )
     arguments = parser.parse_args()
     # Each has a module of its own, and only that is loaded: training needs no Ray, and streams need no DeepSpeed.
     benchmark = getattr(importlib.import_module(f"histoscale.bench.{arguments.name}"), arguments.name)

@@ -5,6 +5,7 @@ and backward alone, and the plain step of `plain_step.py`. On a GPU, ViT-S, L an
 that of the machine's own matrix products. Nothing here needs Ray.
 """
 
+import contextlib
 import os
 import tempfile
 import time
@@ -18,7 +19,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from histoscale.augment import augment, block_masks
 from histoscale.bench.figure import Figure
 from histoscale.bench.plain_step import PlainBlock, PlainStep
 from histoscale.config.archs import ARCHS
@@ -32,7 +32,7 @@ from histoscale.train.trainer import Trainer, build_trainer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CPU_TILES = 8
 GPU_TILES = {"vit_s14_reg4": 128, "vit_l14_reg4": 64, "vit_h14_reg4": 32}
-_ROUNDS = 5
+_ROUNDS = 9
 _PEAK_SIZES = {"cpu": 2048, "cuda": 8192}
 
 
@@ -47,35 +47,41 @@ class Tiles:
 
 
 def step(device: str = "cpu") -> Iterator[Figure]:
-    """`step.mfu`, `step.mfu_vs_blocks`, `step.overhead_ratio` and `step.augment_share`; on CUDA tiles and memory."""
+    """`step.mfu`, `step.mfu_vs_blocks` and `step.overhead_ratio`; on CUDA `step.tiles_per_s`, and memory."""
+    with only_rank(device) as folder:
+        if device == "cuda":
+            for arch in GPU_TILES:
+                yield from _on_gpu(arch, folder)
+        else:
+            for precision in DTYPES:
+                yield from _on_cpu(precision, folder)
+
+
+@contextlib.contextmanager
+def only_rank(device: str) -> Iterator[Path]:
+    """A process group of this process alone, and a folder for its runs."""
     with tempfile.TemporaryDirectory(prefix="histoscale-bench-") as folder:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
         try:
-            if device == "cuda":
-                for arch in GPU_TILES:
-                    yield from _on_gpu(arch, Path(folder))
-            else:
-                for precision in DTYPES:
-                    yield from _on_cpu(precision, Path(folder))
+            yield Path(folder)
         finally:
             dist.destroy_process_group()
 
 
 def _on_cpu(precision: str, folder: Path) -> Iterator[Figure]:
-    recipe, dtype = _recipe("vit_s14", CPU_TILES, 4096, precision), DTYPES[precision]
-    tiles = _tiles(recipe)
+    recipe, dtype = step_recipe("vit_s14", CPU_TILES, 4096, precision), DTYPES[precision]
+    tiles = random_tiles(recipe)
     trainer = build_trainer(recipe, torch.device("cpu"), open_store(folder / precision))
     plain = PlainStep(recipe, build_ssl_net(recipe).state_dict(), dtype)
     steps, plain_steps = iter(range(10**9)), iter(range(10**9))
-    seconds = _fastest(
+    seconds = fastest(
         {
             "product": _product("cpu", dtype),
             "blocks": _naive_blocks(recipe, dtype),
             "plain": lambda: plain.run(next(plain_steps), tiles.tiles, tiles.sample_ids),
             "step": lambda: trainer.step(next(steps), [tiles]),
-            "augment": lambda: _augment(recipe, tiles),
         }
     )
     peak = 2 * _PEAK_SIZES["cpu"] ** 3 / seconds["product"]
@@ -85,12 +91,11 @@ def _on_cpu(precision: str, folder: Path) -> Iterator[Figure]:
     yield Figure("step.mfu", mfu, "share", blocks_mfu, details)
     yield Figure("step.mfu_vs_blocks", mfu / blocks_mfu, "ratio", 1.0, details)
     yield Figure("step.overhead_ratio", seconds["step"] / seconds["plain"], "ratio", 1.0, details)
-    yield Figure("step.augment_share", seconds["augment"] / seconds["step"], "share", details=details)
 
 
 def _on_gpu(arch: str, folder: Path) -> Iterator[Figure]:
-    recipe = _recipe(arch, GPU_TILES[arch], 131_072, "bf16")
-    tiles = _tiles(recipe)
+    recipe = step_recipe(arch, GPU_TILES[arch], 131_072, "bf16")
+    tiles = random_tiles(recipe)
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     torch.cuda.reset_peak_memory_stats()
@@ -100,7 +105,7 @@ def _on_gpu(arch: str, folder: Path) -> Iterator[Figure]:
     def run(trainer: Trainer = trainer) -> None:
         trainer.step(next(numbers), [tiles])
 
-    seconds = _fastest({"product": _product("cuda", torch.bfloat16), "step": run})
+    seconds = fastest({"product": _product("cuda", torch.bfloat16), "step": run})
     peak = 2 * _PEAK_SIZES["cuda"] ** 3 / seconds["product"]
     tiles_per_s = recipe.batch.tiles / seconds["step"]
     mfu = step_flops_per_tile(recipe, ARCHS[arch]) * tiles_per_s / peak
@@ -116,7 +121,8 @@ def _on_gpu(arch: str, folder: Path) -> Iterator[Figure]:
     yield Figure("step.tiles_per_s", tiles_per_s, "tiles/s", details=details)
 
 
-def _recipe(arch: str, tiles: int, prototypes: int, precision: str) -> Recipe:
+def step_recipe(arch: str, tiles: int, prototypes: int, precision: str) -> Recipe:
+    """One replica, one worker, no stochastic depth: what the FLOP are counted for."""
     return decode_recipe(
         {
             "precision": precision,
@@ -128,13 +134,14 @@ def _recipe(arch: str, tiles: int, prototypes: int, precision: str) -> Recipe:
     )
 
 
-def _tiles(recipe: Recipe) -> Tiles:
+def random_tiles(recipe: Recipe) -> Tiles:
+    """Noise, as large as the recipe's regions."""
     side_px = recipe.data.region_px
     pixels = np.random.default_rng(0).integers(0, 256, (recipe.batch.tiles, side_px, side_px, 3), np.uint8)
     return Tiles(pixels, np.arange(recipe.batch.tiles, dtype=np.int64))
 
 
-def _fastest(actions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def fastest(actions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Least seconds of each over some rounds, in turn: what is compared meets the same noise."""
     for action in actions.values():
         action()
@@ -172,9 +179,3 @@ def _naive_flops(recipe: Recipe) -> float:
     arch, crops = ARCHS[recipe.model.arch], recipe.crops
     large, small = (block_flops(arch, tokens_of(arch, px)) for px in (crops.global_px, crops.local_px))
     return 3.0 * recipe.batch.tiles * arch.depth * (2 * large + crops.local_count * small)
-
-
-def _augment(recipe: Recipe, tiles: Tiles) -> None:
-    grid = recipe.crops.global_px // ARCHS[recipe.model.arch].patch_px
-    augment(torch.from_numpy(tiles.tiles), tiles.sample_ids, recipe)
-    block_masks(tiles.sample_ids, recipe.seed, grid, recipe.loss)

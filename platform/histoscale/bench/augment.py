@@ -1,0 +1,44 @@
+"""The share of a training step that goes into crops, colours and masks. Nothing here needs Ray."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from histoscale.augment import augment as augmented
+from histoscale.augment import block_masks
+from histoscale.bench.figure import Figure
+from histoscale.bench.step import CPU_TILES, DTYPES, GPU_TILES, Tiles, fastest, only_rank, random_tiles, step_recipe
+from histoscale.config.archs import ARCHS
+from histoscale.config.recipe import Recipe
+from histoscale.storage import open_store
+from histoscale.train.trainer import build_trainer
+
+
+def augment(device: str = "cpu") -> Iterator[Figure]:
+    """`augment.share` of the steps that `step` measures."""
+    recipes = [step_recipe("vit_s14", CPU_TILES, 4096, precision) for precision in DTYPES]
+    if device == "cuda":
+        recipes = [step_recipe(arch, tiles, 131_072, "bf16") for arch, tiles in GPU_TILES.items()]
+    with only_rank(device) as folder:
+        for number, recipe in enumerate(recipes):
+            seconds = _seconds(recipe, torch.device(device), folder / str(number))
+            details = {"arch": recipe.model.arch, "precision": recipe.precision, "seconds": seconds}
+            yield Figure("augment.share", seconds["augment"] / seconds["step"], "share", details=details)
+
+
+def _seconds(recipe: Recipe, device: torch.device, run: Path) -> dict[str, float]:
+    tiles, steps = random_tiles(recipe), iter(range(10**9))
+    trainer = build_trainer(recipe, device, open_store(run))
+    return fastest(
+        {
+            "step": lambda: trainer.step(next(steps), [tiles]),
+            "augment": lambda: _augment(recipe, tiles, device),
+        }
+    )
+
+
+def _augment(recipe: Recipe, tiles: Tiles, device: torch.device) -> None:
+    grid = recipe.crops.global_px // ARCHS[recipe.model.arch].patch_px
+    augmented(torch.from_numpy(tiles.tiles).to(device), tiles.sample_ids, recipe)
+    block_masks(tiles.sample_ids, recipe.seed, grid, recipe.loss)
