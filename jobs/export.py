@@ -21,13 +21,14 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="where the export goes")
     arguments = parser.parse_args()
 
-    from histoscale.cluster.run_folder import require_run
+    from histoscale.cluster.run_folder import recorded_origins, require_run
     from histoscale.export.timm_layout import export_run
     from histoscale.storage import open_store
 
     run_store = open_store(location(arguments.run, "--run"))
     recipe = require_run(run_store)
-    result = export_run(run_store, recipe, location(arguments.out, "--out"), arguments.format)
+    out = location(arguments.out, "--out")
+    result = export_run(run_store, recipe, out, arguments.format, recorded_origins(run_store))
     print(f"exported {recipe.model.arch} at step {result.step}: {result.parameters:,} parameters")
     if result.difference is None:
         print("timm is not installed here: that its model equals ours was not checked")

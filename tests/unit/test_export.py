@@ -267,6 +267,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, files: dict[st
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == files
 
 
+def test_the_card_and_the_configuration_tell_what_the_run_learnt_from(tmp_path: Path) -> None:
+    recipe, origin = tiny_recipe(), "weights: /w/dinov2.pth in meta's layout, sha256:abc"
+    export_run(committed_run(tmp_path / "run", recipe), recipe, str(tmp_path / "out"), origins=[origin])
+    assert f"\n| learnt from | {origin} |\n| input |" in (tmp_path / "out" / CARD).read_text()
+    ours = json.loads((tmp_path / "out" / CONFIG).read_text())["histoscale"]
+    assert (ours["origins"], ours["teacher"]) == ([origin], None)
+
+
 def test_initial_backbone_is_not_what_is_exported(tmp_path: Path) -> None:
     recipe = tiny_recipe()
     export_run(committed_run(tmp_path / "run", recipe), recipe, str(tmp_path / "out"))

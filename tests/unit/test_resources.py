@@ -4,7 +4,7 @@ import pytest
 
 from histoscale.cluster import resources
 from histoscale.cluster.resources import needed_resources, resolve_device, wait_for_resources
-from histoscale.config.recipe import ClusterSection
+from histoscale.config.running import ClusterSection
 from histoscale.errors import ClusterError
 
 CLUSTER = ClusterSection(workers=3, cpus_per_worker=2, readers=4, start_timeout_s=0.2)

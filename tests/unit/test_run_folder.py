@@ -6,6 +6,7 @@ from histoscale.cluster.run_folder import (
     DEFAULT_PRECISION,
     check_same_experiment,
     read_run,
+    recorded_origins,
     require_run,
     resolve_precision,
     start_run,
@@ -20,14 +21,16 @@ RECIPE = decode_recipe({"precision": "fp32", "batch": {"tiles": 64, "replicas": 
 def test_a_run_records_its_resolved_recipe(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     assert read_run(store) is None
-    start_run(store, RECIPE, "/index", "abc")
+    start_run(store, RECIPE, "/index", "abc", ["teacher: a run"])
     assert require_run(store) == RECIPE
+    assert recorded_origins(store) == ["teacher: a run"]
     check_same_experiment(store, RECIPE, RECIPE, "abc")
 
 
 def test_only_the_mapping_to_hardware_may_change(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     start_run(store, RECIPE, "/index", "abc")
+    assert recorded_origins(store) == []
     moved = decode_recipe(RECIPE.model_dump(mode="json"), ["cluster.workers=3"])
     check_same_experiment(store, moved, RECIPE, "abc")
     changed = decode_recipe(RECIPE.model_dump(mode="json"), ["optim.lr=0.1"])

@@ -5,18 +5,24 @@ from pathlib import Path
 
 import torch
 
-from histoscale.augment import augment as augmented
-from histoscale.augment import block_masks
 from histoscale.bench.figure import Figure
-from histoscale.bench.step import CPU_TILES, DTYPES, GPU_TILES, Tiles, fastest, only_rank, random_tiles, step_recipe
-from histoscale.config.archs import ARCHS
+from histoscale.bench.step import (
+    CPU_TILES,
+    DTYPES,
+    GPU_TILES,
+    all_views,
+    fastest,
+    only_rank,
+    random_tiles,
+    step_recipe,
+)
 from histoscale.config.recipe import Recipe
 from histoscale.storage import open_store
 from histoscale.train.trainer import build_trainer
 
 
 def augment(device: str = "cpu") -> Iterator[Figure]:
-    """`augment.share` of the steps that `step` measures."""
+    """`step.augment_share` of the steps that `step` measures, and nothing else of these."""
     recipes = [step_recipe("vit_s14", CPU_TILES, 4096, precision) for precision in DTYPES]
     if device == "cuda":
         recipes = [step_recipe(arch, tiles, 131_072, "bf16") for arch, tiles in GPU_TILES.items()]
@@ -24,7 +30,7 @@ def augment(device: str = "cpu") -> Iterator[Figure]:
         for number, recipe in enumerate(recipes):
             seconds = _seconds(recipe, torch.device(device), folder / str(number))
             details = {"arch": recipe.model.arch, "precision": recipe.precision, "seconds": seconds}
-            yield Figure("augment.share", seconds["augment"] / seconds["step"], "share", details=details)
+            yield Figure("step.augment_share", seconds["augment"] / seconds["step"], "share", details=details)
 
 
 def _seconds(recipe: Recipe, device: torch.device, run: Path) -> dict[str, float]:
@@ -33,12 +39,6 @@ def _seconds(recipe: Recipe, device: torch.device, run: Path) -> dict[str, float
     return fastest(
         {
             "step": lambda: trainer.step(next(steps), [tiles]),
-            "augment": lambda: _augment(recipe, tiles, device),
+            "augment": lambda: all_views(recipe, tiles, device),
         }
     )
-
-
-def _augment(recipe: Recipe, tiles: Tiles, device: torch.device) -> None:
-    grid = recipe.crops.global_px // ARCHS[recipe.model.arch].patch_px
-    augmented(torch.from_numpy(tiles.tiles).to(device), tiles.sample_ids, recipe)
-    block_masks(tiles.sample_ids, recipe.seed, grid, recipe.loss)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from histoscale.augment import augment, block_masks
 from histoscale.bench.figure import Figure
 from histoscale.bench.plain_step import PlainBlock, PlainStep
 from histoscale.config.archs import ARCHS
@@ -47,7 +48,7 @@ class Tiles:
 
 
 def step(device: str = "cpu") -> Iterator[Figure]:
-    """`step.mfu`, `step.mfu_vs_blocks` and `step.overhead_ratio`; on CUDA `step.tiles_per_s`, and memory."""
+    """`step.mfu`, `step.mfu_vs_blocks`, `step.overhead_ratio`, `step.augment_share`; on CUDA tiles and memory."""
     with only_rank(device) as folder:
         if device == "cuda":
             for arch in GPU_TILES:
@@ -82,6 +83,7 @@ def _on_cpu(precision: str, folder: Path) -> Iterator[Figure]:
             "blocks": _naive_blocks(recipe, dtype),
             "plain": lambda: plain.run(next(plain_steps), tiles.tiles, tiles.sample_ids),
             "step": lambda: trainer.step(next(steps), [tiles]),
+            "augment": lambda: all_views(recipe, tiles, torch.device("cpu")),
         }
     )
     peak = 2 * _PEAK_SIZES["cpu"] ** 3 / seconds["product"]
@@ -91,6 +93,7 @@ def _on_cpu(precision: str, folder: Path) -> Iterator[Figure]:
     yield Figure("step.mfu", mfu, "share", blocks_mfu, details)
     yield Figure("step.mfu_vs_blocks", mfu / blocks_mfu, "ratio", 1.0, details)
     yield Figure("step.overhead_ratio", seconds["step"] / seconds["plain"], "ratio", 1.0, details)
+    yield Figure("step.augment_share", seconds["augment"] / seconds["step"], "share", details=details)
 
 
 def _on_gpu(arch: str, folder: Path) -> Iterator[Figure]:
@@ -179,3 +182,10 @@ def _naive_flops(recipe: Recipe) -> float:
     arch, crops = ARCHS[recipe.model.arch], recipe.crops
     large, small = (block_flops(arch, tokens_of(arch, px)) for px in (crops.global_px, crops.local_px))
     return 3.0 * recipe.batch.tiles * arch.depth * (2 * large + crops.local_count * small)
+
+
+def all_views(recipe: Recipe, tiles: Tiles, device: torch.device) -> None:
+    """Everything that a step does to pixels before a network sees them."""
+    grid = recipe.crops.global_px // ARCHS[recipe.model.arch].patch_px
+    augment(torch.from_numpy(tiles.tiles).to(device), tiles.sample_ids, recipe)
+    block_masks(tiles.sample_ids, recipe.seed, grid, recipe.loss)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from histoscale.config.recipe import StreamSection
+from histoscale.config.running import StreamSection
 from histoscale.errors import StreamError
 from histoscale.stream.faults import Fault, Quarantined, allowed_bad_slides, too_many_bad_slides
 

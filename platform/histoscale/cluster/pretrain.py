@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import Literal
 
 import ray
+import torch
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -43,6 +45,7 @@ from histoscale.storage import Store, open_store
 from histoscale.stream.faults import Quarantined
 from histoscale.stream.reader import ReaderSpec
 from histoscale.stream.windows import FeedSpec, start_feed
+from histoscale.train.memory import MemoryForecast, forecast
 from histoscale.train.teacher_source import describe_teacher, find_teacher
 
 _POLL_S = 0.5
@@ -143,7 +146,7 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
         wait_for_resources(request.recipe.cluster, device, tell)
         if recipe is None:
             recipe = resolve_precision(request.recipe, DEFAULT_PRECISION[device])
-            start_run(store, recipe, request.index_uri, catalogue.snapshot_id)
+            start_run(store, recipe, request.index_uri, catalogue.snapshot_id, checked.origins)
         quarantine = commit.quarantine if commit else ()
         feed = _feed(checked, recipe, start, quarantine, device)
         tell(f"plan {checked.plan.fingerprint(catalogue.snapshot_id)} over snapshot {catalogue.snapshot_id}")
@@ -151,6 +154,8 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
             tell(line)
         for line in checked.origins:
             tell(line)
+        if recipe.distill is None:
+            tell(f"memory: {_memory(recipe, device).line()}")
         tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
         bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
         _run_to_the_end(store, recipe, device, feed, _Watched(lease, bad_slides, tell))
@@ -160,6 +165,12 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
             raise bad_slides.error
         step = _committed_step(store)
         return PretrainOutcome(step, recipe.steps, stopped=step < recipe.steps)
+
+
+def _memory(recipe: Recipe, device: str) -> MemoryForecast:
+    cluster, dtype = recipe.cluster, torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    on: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
+    return forecast(recipe, ARCHS[recipe.model.arch], cluster.workers, cluster.zero_stage, dtype, on)
 
 
 def _committed_step(store: Store) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from histoscale.config.recipe import ClusterSection
+from histoscale.config.running import ClusterSection
 from histoscale.errors import ClusterError
 from histoscale.stream.windows import PLANNER_CPUS
 

@@ -1,6 +1,7 @@
 """The run folder: what a run is, written once and compared at every resume."""
 
 import json
+from collections.abc import Sequence
 
 from histoscale.config.decode import decode_recipe, differences, dump_recipe, fingerprint, parse_yaml
 from histoscale.config.recipe import Recipe
@@ -9,8 +10,9 @@ from histoscale.storage import Store
 
 RECIPE_KEY = "recipe.yaml"
 INDEX_KEY = "index.json"
+ORIGINS_KEY = "origins.json"
 DEFAULT_PRECISION = {"cuda": "bf16", "cpu": "fp32"}
-_MAY_COME_FIRST = {"lease.json"}
+_MAY_COME_FIRST = {"lease.json", INDEX_KEY, ORIGINS_KEY}
 
 
 def resolve_precision(recipe: Recipe, default: str) -> Recipe:
@@ -27,7 +29,7 @@ def read_run(store: Store) -> Recipe | None:
     """
     if store.exists(RECIPE_KEY):
         return decode_recipe(parse_yaml(store.get(RECIPE_KEY).decode(), RECIPE_KEY), source=f"{store.uri}/{RECIPE_KEY}")
-    strangers = [info.key for info in store.list() if info.key not in _MAY_COME_FIRST and info.key != INDEX_KEY]
+    strangers = [info.key for info in store.list() if info.key not in _MAY_COME_FIRST]
     if strangers:
         raise RunError(
             f"{store.uri} holds something else than a run",
@@ -85,8 +87,23 @@ def recorded_snapshot(store: Store) -> str | None:
     return snapshot_id
 
 
-def start_run(store: Store, recipe: Recipe, index_uri: str, snapshot_id: str) -> None:
-    """Record what the run is; the recipe comes last, so that a folder with one is complete."""
+def recorded_origins(store: Store) -> list[str]:
+    """Lines on the weights that a run began with; see `start_run`."""
+    origins: list[str] = json.loads(store.get(ORIGINS_KEY)) if store.exists(ORIGINS_KEY) else []
+    return origins
+
+
+def start_run(store: Store, recipe: Recipe, index_uri: str, snapshot_id: str, origins: Sequence[str] = ()) -> None:
+    """Record what the run is; the recipe comes last, so that a folder with one is complete.
+
+    Args:
+        store: The run folder.
+        recipe: With its precision resolved.
+        index_uri: The index.
+        snapshot_id: Of the index.
+        origins: Lines on the weights that the run learns from beside slides: a teacher's, or published ones.
+    """
     index = {"index": index_uri, "snapshot_id": snapshot_id}
     store.put(INDEX_KEY, json.dumps(index, indent=1).encode())
+    store.put(ORIGINS_KEY, json.dumps(list(origins), indent=1).encode())
     store.put(RECIPE_KEY, dump_recipe(recipe).encode())

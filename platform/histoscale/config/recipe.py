@@ -7,23 +7,11 @@ those of facebookresearch/dinov2's ViT-L configuration, those marked [Virchow2] 
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from histoscale.config.archs import ARCHS
-
-Share = Annotated[float, Field(gt=0.0, le=1e6)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """One closed section of a recipe: unknown fields are refused, values never change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
-
+from histoscale.config.running import CheckpointSection, ClusterSection, StreamSection
+from histoscale.config.section import Count, Decay, NonNegative, Positive, Probability, Section, Share
 
 Scale = Annotated[float, Field(ge=0.05, le=20.0)]
 
@@ -63,7 +51,9 @@ class DataSection(Section):
     min_sharpness: NonNegative = 0.45  # of the tile as it was read, 1 being sharp at its scale; 0 switches it off
     balance: tuple[str, ...] = ()  # columns of the index whose values, combined, make the strata
     temperature: Positive = 1.0  # 1: strata as large as in the archive; the larger, the more alike
-    weights: dict[str, dict[str, NonNegative]] = {}  # column -> value -> factor; 0 leaves its slides out
+    weights: dict[str, dict[str, NonNegative]] = Field(
+        default_factory=dict
+    )  # column -> value -> factor; 0 leaves its slides out
     max_tiles_per_slide: Count | None = None  # of the whole run; what is cut goes to the other strata
     resident_slides: Count = 64  # of a stratum and scale that are in use at once, where slides are read from copies
     resident_visits: Count = 64  # to each of them before others take their place
@@ -274,54 +264,6 @@ class ScheduleSection(Section):
     """How long the run is."""
 
     images: Count = 2_000_000_000  # [Virchow2]
-
-
-class CheckpointSection(Section):
-    """When the run is committed, and how many commits are kept."""
-
-    every_steps: Count = 1000
-    keep_last: Count = 3
-
-
-class StreamSection(Section):
-    """What the stream bears before it stops the run: the lower of the two bounds, a share being one slide at least."""
-
-    max_bad_slides: Annotated[int, Field(ge=0)] = 1000
-    max_bad_share: Probability = 0.05
-
-
-class ClusterSection(Section):
-    """How the run is mapped to hardware: the one section that may change when a run resumes."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: Count = 1
-    zero_stage: Literal[1, 2, 3] = 2
-    cpus_per_worker: Count = 1
-    activation_checkpointing: bool = False  # blocks are computed twice: less memory, a third slower
-    compile: bool = False  # torch.compile of the blocks: minutes at the start, and a C++ compiler on the machine
-    readers: Count | tuple[Count, Count] = 2  # a number, or the bounds between which Ray Data scales
-    slide_cache_gb: Positive = 50.0  # of a node, for copies of slides that all its readers share
-    tile_cache_gb: NonNegative = 0.0  # of a node, for compressed tiles that all its readers share
-    max_failures: Annotated[int, Field(ge=0)] = 5
-    start_timeout_s: Positive = 600.0
-
-    @property
-    def reader_bounds(self) -> tuple[int, int]:
-        """Least and largest number of readers."""
-        return (self.readers, self.readers) if isinstance(self.readers, int) else self.readers
-
-    @model_validator(mode="after")
-    def _compiles(self) -> Self:
-        if self.compile and self.zero_stage == 3:
-            raise ValueError("compile works with zero_stage 1 and 2, got 3, which gathers weights between the layers")
-        return self
-
-    @model_validator(mode="after")
-    def _readers_ordered(self) -> Self:
-        low, high = self.reader_bounds
-        if low > high:
-            raise ValueError(f"readers must be a number or (least, most), got ({low}, {high})")
-        return self
 
 
 class Recipe(Section):

@@ -1,5 +1,6 @@
 """The README of an exported model: what it is, and how to load it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from histoscale.augment.colour import IMAGENET_MEAN, IMAGENET_STD
@@ -9,12 +10,15 @@ from histoscale.config.recipe import Recipe
 from histoscale.units import describe_mpp
 
 
-def model_card(recipe: Recipe, commit: Commit, name: str, arguments: dict[str, Any]) -> str:
+def model_card(
+    recipe: Recipe, commit: Commit, name: str, arguments: dict[str, Any], origins: Sequence[str] = ()
+) -> str:
     """Markdown text whose Python block runs as it stands in the folder of the export."""
     arch, side_px = ARCHS[recipe.model.arch], recipe.crops.global_px
     prefix = 1 + arch.registers
     patches = (side_px // arch.patch_px) ** 2
     scales = ", ".join(describe_mpp(entry.mpp) for entry in recipe.data.mix)
+    learnt = "".join(f"| learnt from | {origin} |\n" for origin in origins)
     return f"""# {recipe.model.arch}
 
 A vision transformer, pretrained by self-supervision on whole-slide images with histoscale.
@@ -26,7 +30,7 @@ These are the weights of the EMA teacher.
 | optimiser steps | {commit.step:,} |
 | tiles seen | {commit.images_seen:,} |
 | magnifications | {scales} |
-| input | {side_px} x {side_px} px, RGB in [0, 1], mean {IMAGENET_MEAN}, standard deviation {IMAGENET_STD} |
+{learnt}| input | {side_px} x {side_px} px, RGB in [0, 1], mean {IMAGENET_MEAN}, standard deviation {IMAGENET_STD} |
 | tokens | 1 class, {arch.registers} register, {patches} patch tokens of width {arch.width}, after the final norm |
 | embedding | class token ++ mean of the patch tokens: {2 * arch.width} numbers |
 

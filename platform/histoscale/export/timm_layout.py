@@ -7,6 +7,7 @@ that timm itself reads, and marks the folder as an export of ours.
 import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,17 @@ class ExportResult:
     difference: float | None
 
 
-def export_run(run_store: Store, recipe: Recipe, out_uri: str, layout: str = "timm") -> ExportResult:
+def export_run(
+    run_store: Store, recipe: Recipe, out_uri: str, layout: str = "timm", origins: Sequence[str] = ()
+) -> ExportResult:
     """Write the backbone of a run's newest checkpoint to a folder, once timm's model was seen to equal ours.
+
+    Args:
+        run_store: The run folder.
+        recipe: The run's.
+        out_uri: The folder.
+        layout: One of `FORMATS`.
+        origins: Lines on the weights that the run learnt from beside slides, for the model card and the configuration.
 
     Raises:
         ExportError: No such layout, the folder holds something else, or timm's model computes something else.
@@ -76,7 +86,7 @@ def export_run(run_store: Store, recipe: Recipe, out_uri: str, layout: str = "ti
     backbone, commit = trained_backbone(run_store, recipe)
     with tempfile.TemporaryDirectory(prefix="histoscale-export-") as scratch:
         folder = Path(scratch)
-        write_layout(folder, backbone, recipe, commit)
+        write_layout(folder, backbone, recipe, commit, origins)
         difference = parity(folder, backbone, recipe.crops.global_px) if timm_is_usable() else None
         if difference is not None:
             require_equal(difference)
@@ -87,7 +97,9 @@ def export_run(run_store: Store, recipe: Recipe, out_uri: str, layout: str = "ti
     return ExportResult(out.uri, commit.step, parameters, difference)
 
 
-def write_layout(folder: Path, backbone: VisionTransformer, recipe: Recipe, commit: Commit) -> None:
+def write_layout(
+    folder: Path, backbone: VisionTransformer, recipe: Recipe, commit: Commit, origins: Sequence[str] = ()
+) -> None:
     """Write the three files of an export into a local folder."""
     weights: dict[str, Tensor] = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -111,11 +123,13 @@ def write_layout(folder: Path, backbone: VisionTransformer, recipe: Recipe, comm
             "recipe": commit.fingerprint,
             "step": commit.step,
             "images_seen": commit.images_seen,
+            "teacher": commit.teacher,
+            "origins": list(origins),
             "sha256": {WEIGHTS: _sha256(folder / WEIGHTS)},
         },
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    (folder / CARD).write_text(model_card(recipe, commit, name, arguments))
+    (folder / CARD).write_text(model_card(recipe, commit, name, arguments, origins))
 
 
 def timm_model(recipe: Recipe) -> tuple[str, dict[str, Any]]:

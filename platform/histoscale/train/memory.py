@@ -34,6 +34,7 @@ from histoscale.train.activations import (
 )
 
 _MOMENTS = 2
+_ITEMS_SHOWN = 3
 # DeepSpeed's defaults, which train/engine.py leaves as they are.
 _BUCKET_ELEMENTS = 500_000_000  # reduce_bucket_size
 _PREFETCH_ELEMENTS = 50_000_000  # stage3_prefetch_bucket_size
@@ -59,11 +60,11 @@ class MemoryForecast:
         """At the peak."""
         return sum(self.items.values())
 
-    def table(self) -> list[str]:
-        """Lines for people: the items of the peak, then the other moments."""
-        rows = [*self.items.items(), (f"peak: {self.peak}", self.total_bytes)]
-        rows += [(f"then: {name}", count) for name, count in self.moments.items() if name != self.peak]
-        return [f"{name:<44}{count / 1e9:>9.2f} GB" for name, count in rows]
+    def line(self) -> str:
+        """For people: the total, and the largest items of the peak."""
+        largest = sorted(self.items.items(), key=lambda item: -item[1])[:_ITEMS_SHOWN]
+        items = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in largest)
+        return f"{self.total_bytes / 1e9:.2f} GB a worker at its peak, {self.peak} (of it {items})"
 
 
 def forecast(

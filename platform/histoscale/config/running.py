@@ -1,0 +1,55 @@
+"""The sections of a recipe on how a run goes: what is kept, what is borne, and what it runs on."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from histoscale.config.section import Count, NonNegative, Positive, Probability, Section
+
+
+class CheckpointSection(Section):
+    """When the run is committed, and how many commits are kept."""
+
+    every_steps: Count = 1000
+    keep_last: Count = 3
+
+
+class StreamSection(Section):
+    """What the stream bears before it stops the run: the lower of the two bounds, a share being one slide at least."""
+
+    max_bad_slides: Annotated[int, Field(ge=0)] = 1000
+    max_bad_share: Probability = 0.05
+
+
+class ClusterSection(Section):
+    """How the run is mapped to hardware: the one section that may change when a run resumes."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: Count = 1
+    zero_stage: Literal[1, 2, 3] = 2
+    cpus_per_worker: Count = 1
+    activation_checkpointing: bool = False  # blocks are computed twice: less memory, a third slower
+    compile: bool = False  # torch.compile of the blocks: minutes at the start, and a C++ compiler on the machine
+    readers: Count | tuple[Count, Count] = 2  # a number, or the bounds between which Ray Data scales
+    slide_cache_gb: Positive = 50.0  # of a node, for copies of slides that all its readers share
+    tile_cache_gb: NonNegative = 0.0  # of a node, for compressed tiles that all its readers share
+    max_failures: Annotated[int, Field(ge=0)] = 5
+    start_timeout_s: Positive = 600.0
+
+    @property
+    def reader_bounds(self) -> tuple[int, int]:
+        """Least and largest number of readers."""
+        return (self.readers, self.readers) if isinstance(self.readers, int) else self.readers
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile works with zero_stage 1 and 2, got 3, which gathers weights between the layers")
+        return self
+
+    @model_validator(mode="after")
+    def _readers_ordered(self) -> Self:
+        low, high = self.reader_bounds
+        if low > high:
+            raise ValueError(f"readers must be a number or (least, most), got ({low}, {high})")
+        return self
