@@ -1,16 +1,12 @@
 import json
-import re
 from pathlib import Path
 
 import pytest
 import ray
 import yaml
-from ray.train.v2.api.exceptions import WorkerGroupError
 
 from histoscale.cluster.control import ControlLine, Wish
-from histoscale.cluster.failures import diagnosis_in
 from histoscale.cluster.job import ENVIRONMENT, connect, inside_a_job, job_name, location, run_job
-from histoscale.cluster.pretrain import _explain
 from histoscale.cluster.worker import _require_the_run
 from histoscale.errors import ClusterError, RecipeError, RunError, StorageError
 
@@ -59,16 +55,6 @@ def test_the_runtime_environment_is_the_one_of_the_library() -> None:
     assert runtime["py_modules"] == ["platform/histoscale"]
 
 
-def test_a_diagnosis_is_found_wherever_it_is_wrapped() -> None:
-    diagnosis = RecipeError("odd")
-    outer = RuntimeError("outer")
-    outer.__cause__ = ValueError("middle")
-    outer.__cause__.__context__ = diagnosis
-    assert diagnosis_in(outer) is diagnosis
-    assert diagnosis_in(RuntimeError("none")) is None
-    assert diagnosis_in(None) is None
-
-
 def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**keywords: object) -> None:
         raise ConnectionError
@@ -77,13 +63,6 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(ClusterError, match=r"does not answer.*127\.0\.0\.1:1"):
         connect()
-
-
-def test_failures_without_a_diagnosis_name_the_budget_and_the_last_line() -> None:
-    failure = WorkerGroupError("rank 1 died\nkilled", {1: RuntimeError("x")})
-    assert re.search(r"max_failures = 5.*killed", str(_explain(failure, 5)))
-    diagnosis = RecipeError("odd")
-    assert _explain(WorkerGroupError("", {0: diagnosis}), 5) is diagnosis
 
 
 def test_a_run_that_was_taken_over_is_abandoned() -> None:

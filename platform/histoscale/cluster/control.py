@@ -1,25 +1,45 @@
-"""The wire between a run's driver and its workers: a stop that is asked for, and the progress that is shown."""
+"""The wire between a run's driver, its workers and Ray's controller: wishes one way, progress and life signs back."""
 
-from collections.abc import Sequence
+import itertools
+import logging
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from histoscale.cluster.elasticity import Outlook
 from histoscale.stream.faults import Fault
 
 # A handle of the RunControl actor; its methods exist only at run time.
 ControlHandle: TypeAlias = Any
+
+BEAT_S = 5.0
+_ANSWER_S = 5.0
+_STEPS_TIMED = 20
+
+_log = logging.getLogger(__name__)
 
 
 class Wish(Enum):
     """What the driver wants of the workers."""
 
     GO_ON = "go on"
+    COMMIT_AND_RESTART = "commit a checkpoint after this step and start again"
     COMMIT_AND_STOP = "commit a checkpoint after this step and stop"
     ABANDON = "stop at once and write nothing: another job has the run"
+
+    @property
+    def commits(self) -> bool:
+        """Whether the workers end the attempt with a commit."""
+        return self in (Wish.COMMIT_AND_RESTART, Wish.COMMIT_AND_STOP)
 
 
 @dataclass(frozen=True)
@@ -36,38 +56,128 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Member:
+    """A worker of the attempt that runs.
+
+    Attributes:
+        node_id: Where it is, as Ray names it.
+        actor: Its handle, for a worker that must be ended from outside.
+    """
+
+    rank: int
+    node_id: str
+    actor: Any
+
+
+@dataclass(frozen=True)
 class Told:
-    """What the workers have told since the driver last asked."""
+    """What the workers have told since the driver last asked.
+
+    Attributes:
+        news: Lines on what became of an attempt: why it ends, what a restart took.
+        members: Of the attempt that runs.
+        silent: Those of them that gave no sign of life for longer than the driver bears.
+    """
 
     progress: list[Progress]
     faults: list[Fault]
+    news: list[str]
+    members: list[Member]
+    silent: list[Member]
 
 
 class RunControl:
-    """State that the driver and the workers share; lives in an actor."""
+    """State that the driver, the workers and Ray's controller share; lives in an actor.
 
-    def __init__(self) -> None:
+    Args:
+        now: A clock that goes forward only.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         self._wish = Wish.GO_ON
+        self._restarts_for: str | None = None
         self._progress: list[Progress] = []
         self._faults: list[Fault] = []
+        self._news: list[str] = []
+        self._attempt = ""
+        self._members: dict[int, tuple[Member, float]] = {}
+        self._last: tuple[Progress, float] | None = None
+        self._told_at_s: deque[float] = deque(maxlen=_STEPS_TIMED)
+        self._restart_s = 0.0
+        self._began_s = now()
 
     def want(self, wish: Wish) -> None:
         """The driver's wish, which rank 0 learns with the answer to its next message."""
         self._wish = wish
 
+    def ask_restart(self, reason: str) -> None:
+        """Have the attempt that runs commit and start again; what is asked twice is done once."""
+        if self._members and self._restarts_for is None:
+            self._restarts_for = reason
+            self._news.append(f"the workers commit and start again: {reason}")
+
+    def enlist(self, attempt: str, member: Member) -> None:
+        """A worker of an attempt is ready; the first of a new attempt ends what was asked of the one before."""
+        if attempt != self._attempt:
+            self._attempt, self._members, self._restarts_for = attempt, {}, None
+            self._told_at_s.clear()
+        self._members[member.rank] = (member, self._now())
+
+    def beat(self, attempt: str, rank: int) -> None:
+        """A sign of life."""
+        if attempt == self._attempt and rank in self._members:
+            self._members[rank] = (self._members[rank][0], self._now())
+
     def tell(self, progress: Progress) -> Wish:
-        """Take note of progress; answers with the driver's wish."""
+        """Take note of progress; answers with what is wanted."""
+        now_s = self._now()
+        if self._last is None:
+            self._restart_s = now_s - self._began_s
+        elif not self._told_at_s:
+            self._restart_s = now_s - self._last[1]
+            redone = self._last[0].step + 1 - progress.step
+            self._news.append(
+                f"restarted on {len(self._members)} workers in {self._restart_s:.0f} s, {redone} steps done again"
+            )
+        self._told_at_s.append(now_s)
+        self._last = (progress, now_s)
         self._progress.append(progress)
+        if self._wish is Wish.GO_ON and self._restarts_for is not None:
+            return Wish.COMMIT_AND_RESTART
         return self._wish
 
     def tell_faults(self, faults: Sequence[Fault]) -> None:
         """Take note of attempts that the content refused."""
         self._faults.extend(faults)
 
-    def drain(self) -> Told:
-        """What was told since the last call."""
-        told = Told(self._progress, self._faults)
-        self._progress, self._faults = [], []
+    def over(self, why: str) -> int:
+        """The attempt has ended; returns the last step that was told."""
+        self._members = {}
+        self._news.append(why)
+        return self._last[0].step if self._last is not None else 0
+
+    def outlook(self) -> Outlook | None:
+        """Where the run stands; None while nothing runs."""
+        if not self._members or self._last is None or not self._told_at_s:
+            return None
+        times = list(self._told_at_s)
+        step_s = statistics.median(b - a for a, b in itertools.pairwise(times)) if len(times) > 2 else None
+        last = self._last[0]
+        return Outlook(len(self._members), last.step, last.steps, step_s, self._restart_s)
+
+    def drain(self, silence_s: float) -> Told:
+        """What was told since the last call, and who runs."""
+        members = list(self._members.values())
+        now_s = self._now()
+        told = Told(
+            self._progress,
+            self._faults,
+            self._news,
+            [member for member, _ in members],
+            [member for member, heard_s in members if now_s - heard_s > silence_s],
+        )
+        self._progress, self._faults, self._news = [], [], []
         return told
 
 
@@ -75,6 +185,59 @@ def start_control() -> ControlHandle:
     """Start the actor on the driver's node; it takes no CPU and ends with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(RunControl).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+class Pulse:
+    """A worker's signs of life, from a thread of its own: a process that stands still has none.
+
+    Args:
+        control: Where they go.
+        attempt: Name of the attempt.
+        rank: The worker's.
+    """
+
+    def __init__(self, control: ControlHandle, attempt: str, rank: int) -> None:
+        context = ray.get_runtime_context()
+        self._control, self._attempt, self._rank = control, attempt, rank
+        self._over = threading.Event()
+        ray.get(control.enlist.remote(attempt, Member(rank, context.get_node_id(), context.current_actor)))
+        threading.Thread(target=self._beat, name="pulse", daemon=True).start()
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_S):
+            self._control.beat.remote(self._attempt, self._rank)
+
+    def stop(self) -> None:
+        """The worker leaves by itself."""
+        self._over.set()
+
+
+class ControllerLine:
+    """The end of Ray's controller, which starts the workers; an answer that does not come is none."""
+
+    def __init__(self, control: ControlHandle) -> None:
+        self._control = control
+
+    def over(self, why: str) -> int:
+        """The attempt has ended; returns the last step that was told, 0 where that is not known."""
+        step: int | None = self._ask(self._control.over.remote(why))
+        return step or 0
+
+    def outlook(self) -> Outlook | None:
+        """Where the run stands, if it is known."""
+        outlook: Outlook | None = self._ask(self._control.outlook.remote())
+        return outlook
+
+    def ask_restart(self, reason: str) -> None:
+        """Have the attempt commit and start again."""
+        self._control.ask_restart.remote(reason)
+
+    def _ask(self, answer: "ray.ObjectRef[Any]") -> Any:  # noqa: ANN401 - what the actor answers
+        try:
+            return ray.get(answer, timeout=_ANSWER_S)
+        except (GetTimeoutError, RayActorError) as error:
+            _log.warning("the run's control does not answer: %s", error)
+            return None
 
 
 class ControlLine:

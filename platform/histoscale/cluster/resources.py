@@ -90,5 +90,5 @@ def _missing(needed: dict[str, float]) -> str:
 
 
 def _bundles(cluster: ClusterSection, device: str) -> list[dict[str, float]]:
-    workers = [worker_resources(cluster, device)] * cluster.workers
+    workers = [worker_resources(cluster, device)] * cluster.worker_bounds[0]
     return workers + [{"CPU": 1.0}] * (cluster.reader_bounds[0] + math.ceil(PLANNER_CPUS))

@@ -10,7 +10,8 @@ import torch
 from ray.train.torch import get_device
 
 from histoscale.checkpoint.collective import on_first_rank
-from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Wish
+from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Pulse, Wish
+from histoscale.cluster.failures import Yielded
 from histoscale.config.recipe import Recipe
 from histoscale.errors import RunError
 from histoscale.observe.alarms import CollapseAlarm
@@ -45,6 +46,7 @@ def train_worker(config: dict[str, WorkerSpec]) -> None:
     trainer = build_trainer(spec.recipe, device, open_store(spec.run_uri))
     start = trainer.resume()
     attempt = on_first_rank(lambda: secrets.token_hex(8))
+    pulse = Pulse(spec.control, attempt, rank)
     feed = RankFeed(spec.feed, RankShare(spec.feed_master, attempt, rank, workers), start)
     try:
         if rank == 0:
@@ -53,6 +55,7 @@ def train_worker(config: dict[str, WorkerSpec]) -> None:
             _follow(spec, trainer, feed, start)
     finally:
         feed.close()
+        pulse.stop()
 
 
 def _follow(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> None:
@@ -61,6 +64,7 @@ def _follow(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> N
         _tell_faults(spec, micro_batches)
         metrics = trainer.step(step, micro_batches)
         if _commit_if_due(spec.recipe, trainer, step, metrics) and metrics.stop:
+            _leave(None)
             return
 
 
@@ -74,7 +78,7 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
             _require_the_run(line, spec.run_uri)
             micro_batches = feed.micro_batches(step)
             _tell_faults(spec, micro_batches)
-            metrics = trainer.step(step, micro_batches, stop_requested=line.wish is Wish.COMMIT_AND_STOP)
+            metrics = trainer.step(step, micro_batches, stop_requested=line.wish.commits)
             timing = clock.tick(feed.wait_s)
             writer.write(step, _scalars(metrics) | timing)
             committed = _commit_if_due(spec.recipe, trainer, step, metrics)
@@ -84,9 +88,20 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
             note = alarm or ("checkpoint committed" if committed else "")
             line.tell(_progress(spec.recipe, step, metrics, timing, note))
             if committed and metrics.stop:
+                _leave(line.wish)
                 return
     finally:
         writer.close()
+
+
+def _leave(wish: Wish | None) -> None:
+    """End the run by returning, or the attempt alone by raising (collective).
+
+    Args:
+        wish: What the first rank was asked for; not looked at on others.
+    """
+    if on_first_rank(lambda: wish) is Wish.COMMIT_AND_RESTART:
+        raise Yielded("committed, to start again")
 
 
 def _tell_faults(spec: WorkerSpec, micro_batches: Sequence[MicroBatch | None]) -> None:

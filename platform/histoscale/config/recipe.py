@@ -301,9 +301,11 @@ class Recipe(Section):
             raise ValueError(
                 f"schedule.images must hold one step of {self.batch.tiles} tiles, got {self.schedule.images}"
             )
-        if self.cluster.workers > self.batch.replicas:
+        most = self.cluster.worker_bounds[1]
+        if most > self.batch.replicas:
             raise ValueError(
-                f"cluster.workers must not exceed batch.replicas ({self.batch.replicas}), got {self.cluster.workers}"
+                f"cluster.workers must not exceed batch.replicas, which share a step out, got {most} for "
+                f"{self.batch.replicas} (use {self.batch.replicas} workers, or a larger batch.replicas in a new run)"
             )
         return self
 

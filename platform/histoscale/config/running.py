@@ -25,7 +25,7 @@ class ClusterSection(Section):
     """How the run is mapped to hardware: the one section that may change when a run resumes."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: Count = 1
+    workers: Count | tuple[Count, Count] = 1  # a number, or the bounds between which the run grows and shrinks
     zero_stage: Literal[1, 2, 3] = 2
     cpus_per_worker: Count = 1
     activation_checkpointing: bool = False  # blocks are computed twice: less memory, a third slower
@@ -33,8 +33,16 @@ class ClusterSection(Section):
     readers: Count | tuple[Count, Count] = 2  # a number, or the bounds between which Ray Data scales
     slide_cache_gb: Positive = 50.0  # of a node, for copies of slides that all its readers share
     tile_cache_gb: NonNegative = 0.0  # of a node, for compressed tiles that all its readers share
-    max_failures: Annotated[int, Field(ge=0)] = 5
+    max_failures: Annotated[int, Field(ge=0)] = 5  # crashes; restarts for nodes that are taken away count apart
+    max_preemptions: Annotated[int, Field(ge=0)] = 1000
+    resize_horizon_s: Positive = 3600.0  # a larger size must repay its restart within this time
+    silence_s: Annotated[float, Field(ge=15.0)] = 60.0  # a worker that gives no sign of life for so long is ended
     start_timeout_s: Positive = 600.0
+
+    @property
+    def worker_bounds(self) -> tuple[int, int]:
+        """Least and largest number of workers."""
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
 
     @property
     def reader_bounds(self) -> tuple[int, int]:
@@ -48,8 +56,8 @@ class ClusterSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _readers_ordered(self) -> Self:
-        low, high = self.reader_bounds
-        if low > high:
-            raise ValueError(f"readers must be a number or (least, most), got ({low}, {high})")
+    def _bounds_ordered(self) -> Self:
+        for name, (low, high) in (("readers", self.reader_bounds), ("workers", self.worker_bounds)):
+            if low > high:
+                raise ValueError(f"{name} must be a number or (least, most), got ({low}, {high})")
         return self

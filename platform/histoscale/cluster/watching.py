@@ -1,0 +1,156 @@
+"""What the driver does while the workers run: it shows progress, and passes on why they should stop or start again."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+import ray
+from ray._private.state import state
+
+from histoscale.cluster.bad_slides import BadSlides
+from histoscale.cluster.control import ControlHandle, Member, Progress, Told, Wish
+from histoscale.cluster.lease import Lease
+
+_POLL_S = 0.5
+_NODES_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What the driver looks at, and tells of, while the workers run.
+
+    Attributes:
+        silence_s: How long a worker may give no sign of life.
+    """
+
+    lease: Lease
+    bad_slides: BadSlides
+    silence_s: float
+    tell: Callable[[str], None]
+
+
+@contextlib.contextmanager
+def watching(control: ControlHandle, watched: Watched) -> Iterator[None]:
+    """Look at the workers every half second for as long as the block lasts; a SIGTERM has them commit and stop."""
+    asked, done = threading.Event(), threading.Event()
+    watch = _Watch(control, watched)
+
+    def run() -> None:
+        while not done.wait(_POLL_S):
+            watch.look(asked.is_set())
+        watch.show(last=True)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        asked.set()
+
+    thread = threading.Thread(target=run, name="watch", daemon=True)
+    previous = signal.signal(signal.SIGTERM, on_signal)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        signal.signal(signal.SIGTERM, previous)
+
+
+class _Watch:
+    """What was seen so far, and what to do about what is seen next."""
+
+    def __init__(self, control: ControlHandle, watched: Watched) -> None:
+        self._control = control
+        self._watched = watched
+        self._printer = _ProgressPrinter(watched.tell)
+        self._passed_on = Wish.GO_ON
+        self._given_notice: set[str] = set()
+        self._ended: set[str] = set()
+        self._next_nodes_s = 0.0
+
+    def look(self, stop_asked: bool) -> None:
+        """One look; what is wanted is passed on once."""
+        stop = stop_asked or self._watched.bad_slides.error is not None
+        wish = Wish.ABANDON if self._watched.lease.lost else Wish.COMMIT_AND_STOP if stop else Wish.GO_ON
+        if wish is not self._passed_on:
+            self._watched.tell(f"asking the workers to {wish.value}")
+            ray.get(self._control.want.remote(wish))
+            self._passed_on = wish
+        told = self.show()
+        self._end_the_silent(told.silent)
+        self._heed_notices(told.members)
+
+    def show(self, last: bool = False) -> Told:
+        """Tell what the workers told."""
+        told: Told = ray.get(self._control.drain.remote(self._watched.silence_s))
+        self._watched.bad_slides.take(told.faults)
+        for line in filter(None, told.news):
+            self._watched.tell(line)
+        self._printer.show(told.progress, last)
+        return told
+
+    def _end_the_silent(self, silent: Sequence[Member]) -> None:
+        """End workers that stand still: the others would wait for them until the libraries' time-outs."""
+        for member in silent:
+            name = member.actor._actor_id.hex()
+            if name not in self._ended:
+                self._ended.add(name)
+                self._watched.tell(
+                    f"worker {member.rank} has given no sign of life for {self._watched.silence_s:g} s and is ended"
+                )
+                ray.kill(member.actor)
+
+    def _heed_notices(self, members: Sequence[Member]) -> None:
+        """Have the workers commit and start again elsewhere before a node of theirs is taken away."""
+        now_s = time.monotonic()
+        if now_s < self._next_nodes_s:
+            return
+        self._next_nodes_s = now_s + _NODES_EVERY_S
+        notices: dict[str, int] = state.get_draining_nodes()
+        nodes = {member.node_id for member in members}
+        for node_id, deadline_ms in notices.items():
+            if node_id in nodes and node_id not in self._given_notice:
+                self._given_notice.add(node_id)
+                left = f" in {deadline_ms / 1e3 - time.time():.0f} s" if deadline_ms else ""
+                self._control.ask_restart.remote(f"node {node_id[:8]} is taken away{left}")
+
+
+class _ProgressPrinter:
+    """At most one line in two seconds, and every committed step; steps that come again tell of a restart."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._next_s = 0.0
+        self._last_step = 0
+        self._first: tuple[int, float] | None = None
+
+    def show(self, told: list[Progress], last: bool = False) -> None:
+        for progress in told:
+            now_s = time.monotonic()
+            if progress.step <= self._last_step:
+                self._tell(f"the workers were started again and go on from step {progress.step - 1}")
+                self._first = None
+            self._last_step = progress.step
+            self._first = self._first or (progress.step, now_s)
+            if progress.note or now_s >= self._next_s or (last and progress is told[-1]):
+                self._next_s = now_s + 2.0
+                self._tell(self._line(progress, now_s))
+
+    def _line(self, progress: Progress, now_s: float) -> str:
+        first_step, first_s = self._first or (progress.step, now_s)
+        steps_done = progress.step - first_step
+        eta = "" if not steps_done else _eta((now_s - first_s) / steps_done * (progress.steps - progress.step))
+        losses = " ".join(f"{name} {value:.4f}" for name, value in progress.losses.items())
+        note = f" | {progress.note}" if progress.note else ""
+        return (
+            f"step {progress.step}/{progress.steps} | {losses} | lr {progress.lr:.2e}"
+            f" | {progress.tiles_per_s:.1f} tiles/s, {progress.wait_share:.0%} waiting{eta}{note}"
+        )
+
+
+def _eta(seconds: float) -> str:
+    minutes, seconds_left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f" | ETA {hours}:{minutes:02d}:{seconds_left:02d}"

@@ -1,0 +1,99 @@
+"""What the driver, the workers and the controller of a run tell each other; no actor, and a clock by hand."""
+
+from histoscale.cluster.control import Member, Progress, RunControl, Wish
+
+SILENCE_S = 60.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def progress(step: int) -> Progress:
+    return Progress(step, 100, {"loss": 1.0}, 0.1, 10.0, 0.0)
+
+
+def member(rank: int) -> Member:
+    return Member(rank, f"node{rank}", None)
+
+
+def running(workers: int = 2) -> tuple[RunControl, Clock]:
+    clock = Clock()
+    control = RunControl(now=clock)
+    for rank in range(workers):
+        control.enlist("first", member(rank))
+    return control, clock
+
+
+def test_the_wish_is_the_answer_to_the_next_step() -> None:
+    control, _ = running()
+    assert control.tell(progress(1)) is Wish.GO_ON
+    control.want(Wish.COMMIT_AND_STOP)
+    assert control.tell(progress(2)) is Wish.COMMIT_AND_STOP
+
+
+def test_a_restart_is_asked_for_once_and_told_with_its_reason() -> None:
+    control, _ = running()
+    control.ask_restart("a node is taken away")
+    control.ask_restart("two workers more")
+    assert control.tell(progress(1)) is Wish.COMMIT_AND_RESTART
+    assert control.drain(SILENCE_S).news == ["the workers commit and start again: a node is taken away"]
+
+
+def test_a_stop_goes_before_a_restart() -> None:
+    control, _ = running()
+    control.ask_restart("two workers more")
+    control.want(Wish.COMMIT_AND_STOP)
+    assert control.tell(progress(1)) is Wish.COMMIT_AND_STOP
+
+
+def test_the_next_attempt_goes_on_and_its_restart_is_measured() -> None:
+    control, clock = running()
+    control.tell(progress(5))
+    control.ask_restart("two workers more")
+    assert control.over("") == 5
+    clock.now_s = 12.0
+    control.enlist("second", member(0))
+    control.drain(SILENCE_S)
+    assert control.tell(progress(4)) is Wish.GO_ON
+    assert control.drain(SILENCE_S).news == ["restarted on 1 workers in 12 s, 2 steps done again"]
+    outlook = control.outlook()
+    assert outlook is not None
+    assert (outlook.workers, outlook.step, outlook.steps, outlook.restart_s) == (1, 4, 100, 12.0)
+
+
+def test_before_the_first_restart_the_start_stands_for_its_price() -> None:
+    control, clock = running()
+    clock.now_s = 20.0
+    for step in range(1, 4):
+        control.tell(progress(step))
+        clock.now_s += 0.5
+    outlook = control.outlook()
+    assert outlook is not None
+    assert (outlook.restart_s, outlook.step_s) == (20.0, 0.5)
+
+
+def test_nothing_is_asked_of_workers_that_are_not_there() -> None:
+    control, _ = running(workers=0)
+    control.ask_restart("two workers more")
+    assert control.drain(SILENCE_S).news == []
+    assert control.outlook() is None
+    assert control.over("died") == 0
+
+
+def test_who_gives_no_sign_of_life_is_silent() -> None:
+    control, clock = running()
+    clock.now_s = 50.0
+    control.beat("first", 1)
+    control.beat("another", 0)
+    control.beat("first", 7)
+    clock.now_s = 61.0
+    told = control.drain(SILENCE_S)
+    assert [each.rank for each in told.members] == [0, 1]
+    assert [each.rank for each in told.silent] == [0]
+    control.over("the workers failed")
+    assert control.drain(SILENCE_S).silent == []
