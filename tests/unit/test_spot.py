@@ -1,15 +1,12 @@
 """Notices of AWS, asked of a fake metadata server on 127.0.0.1 and acted on by a fake node."""
 
-import contextlib
 import json
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tests.fake_metadata import FakeMetadataServer
 
 from histoscale.cluster import spot
 from histoscale.cluster.spot import INTERRUPTION_PATH, REBALANCE_PATH, MetadataServer, RayNode, SpotWatcher
@@ -73,57 +70,11 @@ def test_an_odd_status_is_a_warning() -> None:
     )
 
 
-@dataclass
-class FakeMetadataServer:
-    """Not AWS: a fake IMDSv2 that hands out tokens, refuses old ones, and can be slow or odd."""
-
-    answers: dict[str, tuple[int, bytes]] = field(default_factory=dict)
-    token: str = "token-1"
-    token_status: int = 200
-    delay_s: float = 0.0
-    tokens_given: int = 0
-    lives: list[str | None] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_PUT(self) -> None:
-                fake.tokens_given += 1
-                fake.lives.append(self.headers["X-aws-ec2-metadata-token-ttl-seconds"])
-                self.reply(fake.token_status, fake.token.encode())
-
-            def do_GET(self) -> None:
-                time.sleep(fake.delay_s)
-                if self.headers["X-aws-ec2-metadata-token"] != fake.token:
-                    self.reply(401, b"")
-                else:
-                    self.reply(*fake.answers.get(self.path, (404, b"")))
-
-            def reply(self, status: int, body: bytes) -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                with contextlib.suppress(BrokenPipeError):  # nobody waits for a slow answer
-                    self.wfile.write(body)
-
-            def log_message(self, format: str, *arguments: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=lambda: self.server.serve_forever(poll_interval=0.01), daemon=True).start()
-
-    def announce(self, path: str, fields: object) -> None:
-        self.answers[path] = (200, json.dumps(fields).encode())
-
-
 @pytest.fixture
 def fake() -> Iterator[FakeMetadataServer]:
     server = FakeMetadataServer()
     yield server
-    server.server.shutdown()
-    server.server.server_close()
+    server.stop()
 
 
 def test_one_token_serves_until_it_is_refused(fake: FakeMetadataServer) -> None:
@@ -248,7 +199,7 @@ def test_the_node_is_the_one_raylet_of_the_cluster_on_this_machine(
 class FakeGcs:
     """Not Ray's control store: answers what it was told to."""
 
-    accepted, draining, failure = True, {"aa": 5}, None
+    accepted, draining, alive, failure = True, {"aa": 5}, {b"\xaa"}, None
 
     def __init__(self, address: str) -> None:
         if self.failure is not None:
@@ -256,6 +207,9 @@ class FakeGcs:
 
     def drain_node(self, *arguments: object, timeout: float) -> tuple[bool, str]:
         return self.accepted, "" if self.accepted else "busy"
+
+    def get_all_node_info(self, timeout: float, state_filter: int) -> dict[bytes, None]:
+        return dict.fromkeys(self.alive)
 
     def get_draining_nodes(self, timeout: float) -> dict[str, int]:
         return self.draining
@@ -270,6 +224,8 @@ def test_a_drain_that_ray_does_not_take_is_an_error(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(FakeGcs, "draining", {})
     with pytest.raises(ClusterError, match=r"does not drain the node .got 'aa'"):
         node.drain(notice)
+    monkeypatch.setattr(FakeGcs, "alive", set())
+    node.drain(notice)
     monkeypatch.setattr(FakeGcs, "accepted", False)
     with pytest.raises(ClusterError, match=r"does not drain the node .got 'busy'"):
         node.drain(notice)

@@ -195,8 +195,9 @@ class RayNode:
             accepted, objection = gcs.drain_node(
                 node_id, DRAIN_NODE_REASON_PREEMPTION, notice.reason, notice.deadline_ms, timeout=_GCS_TIMEOUT_S
             )
-            # For an id that it does not know, the GCS accepts and does nothing.
-            if not accepted or node_id not in gcs.get_draining_nodes(timeout=_GCS_TIMEOUT_S):
+            # The GCS also accepts what it does not carry out. An idle node is gone as soon as it is drained.
+            draining = gcs.get_draining_nodes(timeout=_GCS_TIMEOUT_S)
+            if not accepted or (node_id not in draining and node_id in _alive_nodes(gcs)):
                 raise ClusterError(
                     "Ray does not drain the node",
                     value=objection or node_id,
@@ -206,8 +207,7 @@ class RayNode:
 
     def _alive(self) -> set[str]:
         with self._gcs() as gcs:
-            nodes = gcs.get_all_node_info(timeout=_GCS_TIMEOUT_S, state_filter=GcsNodeInfo.GcsNodeState.ALIVE)
-        return {node_id.hex() for node_id in nodes}
+            return _alive_nodes(gcs)
 
     @contextlib.contextmanager
     def _gcs(self) -> Iterator[Any]:
@@ -222,6 +222,11 @@ class RayNode:
                 remedy="--address is the one that `ray start --address` has; with token authentication this process"
                 " needs the same token",
             ) from error
+
+
+def _alive_nodes(gcs: Any) -> set[str]:  # noqa: ANN401 - Ray types no client
+    nodes = gcs.get_all_node_info(timeout=_GCS_TIMEOUT_S, state_filter=GcsNodeInfo.GcsNodeState.ALIVE)
+    return {node_id.hex() for node_id in nodes}
 
 
 class SpotWatcher:
