@@ -6,8 +6,9 @@ r"""Submit a job and stay with it until it has an outcome, whatever happens to t
 It follows the job's log on standard output. When the cluster dies or the job is lost, it waits until an address answers
 (of a new head, mostly at the same address; a second address is another door to the cluster, or a standby) and submits
 again, and pretrain goes on from its last checkpoint. A job that still runs is followed, never submitted twice. A retry
-counts only while attempts fail within ten minutes. Ctrl-C leaves the job running; the same command with the same
---submission-id finds it again. A cluster with token authentication is reached as by `ray job submit`.
+sends the working directory as it is then, and counts only while attempts fail within ten minutes. Ctrl-C leaves the job
+running; the same command with the same --submission-id finds it again. A cluster with token authentication is reached
+as by `ray job submit`.
 
 Exit status, unlike that of `ray job submit`, the job's own: 0, also when it was stopped; 2 after a one-line diagnosis
 of what another attempt would refuse too; 1, or the job's, when retries or patience are spent; 130 after Ctrl-C.

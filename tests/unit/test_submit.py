@@ -290,7 +290,8 @@ class FakeClient:
     failure: Exception | None = None
 
     def __init__(self, address: str) -> None:
-        self.calls = 0
+        if address == "http://proxy":
+            raise RuntimeError("Version check returned 404.")
 
     def get_job_info(self, job_id: str) -> SimpleNamespace:
         if self.failure is not None:
@@ -315,6 +316,8 @@ def test_what_a_job_server_says_is_sorted_into_states_waits_and_diagnoses(server
         requests.ConnectionError("refused"),
         requests.ReadTimeout("slow"),
         requests.HTTPError("502 of a proxy"),
+        requests.JSONDecodeError("a page", "", 0),
+        KeyError("ray_version"),
         ConnectionError("Failed to connect to Ray"),
     ):
         FakeClient.failure = failure
@@ -328,6 +331,8 @@ def test_what_a_job_server_says_is_sorted_into_states_waits_and_diagnoses(server
         FakeClient.failure = refusal
         with pytest.raises(ClusterError, match="does not take the job"):
             server.state("job")
+    with pytest.raises(Unreachable, match="404"):
+        RayJobServer("http://proxy", COMMAND, {})
     FakeClient.failure = AuthenticationError("no token")
     with pytest.raises(ClusterError, match="refuses the token"):
         server.state("job")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from histoscale.errors import ClusterError
 
 HTTP_TIMEOUT_S = 30.0
 
+logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it tells of every closed connection
 _STATUS = re.compile(r"status code (\d{3})")
 _NOT_FOUND = 404
 # Either turns Ray's client to the cluster that it names, whatever address the client is given.
@@ -43,7 +45,10 @@ class RayJobServer:
         for name in _OVERRIDES:
             os.environ.pop(name, None)
         with self._reaching():
-            self._client = _TimedClient(address)
+            try:
+                self._client = _TimedClient(address)
+            except RuntimeError as error:  # another service, such as the proxy of a head that is away
+                raise Unreachable(_last_line(error)) from error
 
     def state(self, submission_id: str) -> JobState | None:
         """What the server knows of a job, or None."""
@@ -111,16 +116,15 @@ class RayJobServer:
             ) from error
         except (requests.ConnectionError, requests.Timeout, ConnectionError, TimeoutError) as error:
             raise Unreachable(type(error).__name__) from error
-        except requests.HTTPError as error:  # of the version's check: a proxy whose cluster is away, for one
-            raise Unreachable(str(error)) from error
+        except (requests.HTTPError, requests.JSONDecodeError, LookupError) as error:  # likewise a proxy's answers
+            raise Unreachable(_last_line(error)) from error
         except (RuntimeError, ValueError, OSError) as error:
             status = _status_in(error)
-            last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             if status is not None and status >= 500:  # a head that has just started answers so
-                raise Unreachable(f"status {status}: {last_line}") from error
+                raise Unreachable(f"status {status}: {_last_line(error)}") from error
             raise ClusterError(
                 "the job server does not take the job",
-                value=last_line,
+                value=_last_line(error),
                 expected=f"a job that {self._address} accepts",
                 remedy="correct the runtime environment, the folders in it or the address",
             ) from error
@@ -131,6 +135,10 @@ class _TimedClient(JobSubmissionClient):
 
     def _do_request(self, method: str, endpoint: str, **keywords: Any) -> requests.Response:  # noqa: ANN401
         return super()._do_request(method, endpoint, **{"timeout": HTTP_TIMEOUT_S, **keywords})
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _status_in(error: Exception) -> int | None:
