@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from histoscale.checkpoint import manifest, reader
+from histoscale.checkpoint import reader, shard
 from histoscale.checkpoint.collective import on_every_rank, on_first_rank
 from histoscale.checkpoint.fragments import Fragment
 from histoscale.checkpoint.ledger import (
@@ -30,13 +30,13 @@ from histoscale.checkpoint.ledger import (
 )
 from histoscale.checkpoint.manifest import Commit, Manifest, decode_manifest, encode, marker_key
 from histoscale.checkpoint.reader import (
-    discard_after,
     latest_commit,
     load_into,
     load_teacher,
     load_teacher_backbone,
     require_recipe,
 )
+from histoscale.checkpoint.retention import discard_after
 from histoscale.checkpoint.writer import Snapshot, write_checkpoint
 from histoscale.errors import CheckpointError, StorageError
 from histoscale.storage import open_store
@@ -59,8 +59,7 @@ def _process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (manifest, reader):
-        monkeypatch.setattr(module, "BLOCK_ELEMENTS", BLOCK_ELEMENTS)
+    monkeypatch.setattr(shard, "BLOCK_ELEMENTS", BLOCK_ELEMENTS)
     monkeypatch.setattr(reader, "_MAX_BLOCKS_PER_REQUEST", 3)
 
 
@@ -200,7 +199,7 @@ def test_truncated_newest_checkpoint_falls_back_to_the_one_before(
     with caplog.at_level(logging.WARNING):
         assert latest_commit(store) == first
     assert f"{second.folder}rank-0-of-1.safetensors is truncated" in caplog.text
-    discard_after(store, first)
+    discard_after(store, first.step)
     assert not store.exists(marker_key(2))
     assert [info.key for info in store.list("ledger/")] == [ledger_key(0, 1)]
     assert write_checkpoint(store, snapshot(2), 1) == latest_commit(store)
@@ -294,10 +293,10 @@ def test_damaged_manifest_is_named(data: bytes) -> None:
 def test_failed_upload_commits_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write_checkpoint(store, snapshot(1), 1)
 
-    def refuse(self: LocalStore, path: Path, key: str) -> None:
+    def refuse(self: LocalStore, key: str, parts: object) -> None:
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr(LocalStore, "upload", refuse)
+    monkeypatch.setattr(LocalStore, "put_parts", refuse)
     with pytest.raises(StorageError, match="the disk is full"):
         write_checkpoint(store, snapshot(2), 1)
     assert latest_commit(store) == first
@@ -377,7 +376,7 @@ def test_uncommitted_ledgers_are_no_history(store: Store) -> None:
 
 def test_run_without_commit_discards_every_ledger(store: Store) -> None:
     store.put(ledger_key(0, 3), encode_ledger([]))
-    discard_after(store, None)
+    discard_after(store, 0)
     assert not list(store.list("ledger/"))
 
 

@@ -35,7 +35,7 @@ from histoscale.cluster.segments import next_segments, out_from, read_segments, 
 from histoscale.cluster.worker import WorkerSpec, train_worker
 from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import Recipe
-from histoscale.errors import RunError
+from histoscale.errors import CheckpointError, RunError
 from histoscale.models.published import describe_published, load_published
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
@@ -134,37 +134,50 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
     Raises:
         HistoscaleError: Whatever is wrong with the lease, the cluster or the training.
     """
+    device = resolve_device(checked.request.recipe.cluster)
+    with Lease(checked.store, checked.request.holder) as lease:
+        while True:
+            start = _committed_step(checked.store)
+            try:
+                return _go_on(checked, device, lease, tell)
+            except CheckpointError as error:
+                # The workers have left out a commit that was corrupt: what follows the one before is planned anew.
+                if _committed_step(checked.store) >= start:
+                    raise
+                tell(f"warning: {error}")
+
+
+def _go_on(checked: CheckedRequest, device: str, lease: Lease, tell: Callable[[str], None]) -> PretrainOutcome:
+    """Train from the newest commit on."""
     request, store, catalogue = checked.request, checked.store, checked.catalogue
-    device = resolve_device(request.recipe.cluster)
-    with Lease(store, request.holder) as lease:
-        recipe = _resumed_recipe(checked)  # once more: the run may have been started since it was checked
-        commit = latest_commit(store) if recipe else None
-        start = commit.step if commit else 0
-        if start >= request.recipe.steps:
-            tell(f"run {store.uri} is complete: {start} steps")
-            return PretrainOutcome(start, request.recipe.steps, stopped=False)
-        wait_for_resources(request.recipe.cluster, device, tell)
-        if recipe is None:
-            recipe = resolve_precision(request.recipe, DEFAULT_PRECISION[device])
-            start_run(store, recipe, request.index_uri, catalogue.snapshot_id, checked.origins)
-        quarantine = commit.quarantine if commit else ()
-        feed = _feed(checked, recipe, start, quarantine, device)
-        tell(f"plan {checked.plan.fingerprint(catalogue.snapshot_id)} over snapshot {catalogue.snapshot_id}")
-        for line in describe_plan(checked.plan.report()):
-            tell(line)
-        for line in checked.origins:
-            tell(line)
-        if recipe.distill is None:
-            tell(f"memory: {_memory(recipe, device).line()}")
-        tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
-        bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
-        _run_to_the_end(store, recipe, device, feed, _Watched(lease, bad_slides, tell))
-        for line in bad_slides.summary():
-            tell(line)
-        if bad_slides.error is not None:
-            raise bad_slides.error
-        step = _committed_step(store)
-        return PretrainOutcome(step, recipe.steps, stopped=step < recipe.steps)
+    recipe = _resumed_recipe(checked)  # once more: the run may have been started since it was checked
+    commit = latest_commit(store) if recipe else None
+    start = commit.step if commit else 0
+    if start >= request.recipe.steps:
+        tell(f"run {store.uri} is complete: {start} steps")
+        return PretrainOutcome(start, request.recipe.steps, stopped=False)
+    wait_for_resources(request.recipe.cluster, device, tell)
+    if recipe is None:
+        recipe = resolve_precision(request.recipe, DEFAULT_PRECISION[device])
+        start_run(store, recipe, request.index_uri, catalogue.snapshot_id, checked.origins)
+    quarantine = commit.quarantine if commit else ()
+    feed = _feed(checked, recipe, start, quarantine, device)
+    tell(f"plan {checked.plan.fingerprint(catalogue.snapshot_id)} over snapshot {catalogue.snapshot_id}")
+    for line in describe_plan(checked.plan.report()):
+        tell(line)
+    for line in checked.origins:
+        tell(line)
+    if recipe.distill is None:
+        tell(f"memory: {_memory(recipe, device).line()}")
+    tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
+    bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
+    _run_to_the_end(store, recipe, device, start, feed, _Watched(lease, bad_slides, tell))
+    for line in bad_slides.summary():
+        tell(line)
+    if bad_slides.error is not None:
+        raise bad_slides.error
+    step = _committed_step(store)
+    return PretrainOutcome(step, recipe.steps, stopped=step < recipe.steps)
 
 
 def _memory(recipe: Recipe, device: str) -> MemoryForecast:
@@ -200,9 +213,9 @@ class _Watched:
     tell: Callable[[str], None]
 
 
-def _run_to_the_end(store: Store, recipe: Recipe, device: str, feed: FeedSpec, watched: _Watched) -> None:
+def _run_to_the_end(store: Store, recipe: Recipe, device: str, start: int, feed: FeedSpec, watched: _Watched) -> None:
     control = start_control()
-    spec = WorkerSpec(recipe, store.uri, device, feed, start_feed(feed), control)
+    spec = WorkerSpec(recipe, store.uri, device, feed, start_feed(feed), control, committed_step=start)
     cluster = recipe.cluster
     with tempfile.TemporaryDirectory(prefix="histoscale-train-") as scratch, _watching(control, watched):
         trainer = ElasticTorchTrainer(
