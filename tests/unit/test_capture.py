@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from histoscale.checkpoint import shard
 from histoscale.checkpoint.capture import CapturedBatch, capture_failure, read_capture, write_capture
 from histoscale.checkpoint.fragments import MASTER, Fragment
 from histoscale.checkpoint.reader import load_into
@@ -138,7 +139,7 @@ def test_a_host_without_memory_is_a_diagnosis(store: Store, monkeypatch: pytest.
     def full(*arguments: object, **options: object) -> None:
         raise RuntimeError("can't allocate memory")
 
-    monkeypatch.setattr(torch, "empty", full)
+    monkeypatch.setattr(shard, "_copied", full)
     with pytest.raises(StorageError, match=r"this rank's state could not be copied to host memory .*'RuntimeError'"):
         write(store)
 
