@@ -1,6 +1,5 @@
 """Captures on disk, and what a replay refuses. One process, no DeepSpeed."""
 
-import errno
 import json
 import logging
 import math
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from histoscale.checkpoint import capture as captures
+from histoscale.checkpoint import shard
 from histoscale.checkpoint.capture import CapturedBatch, capture_failure, read_capture, write_capture
 from histoscale.checkpoint.fragments import MASTER, Fragment
 from histoscale.checkpoint.reader import load_into
@@ -127,21 +126,21 @@ def test_the_failure_names_the_capture_and_the_command(store: Store) -> None:
 
 
 def test_without_a_capture_the_failure_comes_out_with_a_note(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: LocalStore, path: Path, key: str) -> None:
+    def full(self: LocalStore, key: str, parts: object) -> None:
         raise StorageError("the bucket is full")
 
-    monkeypatch.setattr(LocalStore, "upload", full)
+    monkeypatch.setattr(LocalStore, "put_parts", full)
     error = capture_failure(store, snapshot(), [batch()], FAILURE)
     expected = "Old advice. No capture of the step could be written: the bucket is full."
     assert str(error) == f"the loss is not finite (got 'dino nan'). {expected}"
 
 
-def test_a_full_scratch_disk_is_a_diagnosis(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, "no space")
+def test_a_host_without_memory_is_a_diagnosis(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise RuntimeError("can't allocate memory")
 
-    monkeypatch.setattr(captures, "write_shard", full)
-    with pytest.raises(StorageError, match=r"this rank's state could not be written .*got 'OSError'"):
+    monkeypatch.setattr(shard, "_copied", full)
+    with pytest.raises(StorageError, match=r"this rank's state could not be copied to host memory .*'RuntimeError'"):
         write(store)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from tests.unit.snapshots import KINDS, SHAPES, shard_path, snapshot, state
 
-from histoscale.checkpoint import manifest, reader
+from histoscale.checkpoint import reader, shard
 from histoscale.checkpoint.collective import on_every_rank, on_first_rank
 from histoscale.checkpoint.fragments import Fragment
 from histoscale.checkpoint.ledger import (
@@ -28,24 +28,32 @@ from histoscale.checkpoint.ledger import (
     read_replacements,
     runs_of,
 )
-from histoscale.checkpoint.manifest import Commit, Manifest, decode_manifest, encode, marker_key
+from histoscale.checkpoint.manifest import (
+    Commit,
+    CorruptCheckpoint,
+    Manifest,
+    decode_commit,
+    decode_manifest,
+    encode,
+    marker_key,
+)
 from histoscale.checkpoint.reader import (
-    discard_after,
     latest_commit,
     load_into,
     load_teacher,
     load_teacher_backbone,
+    read_manifest,
+    read_newest,
     require_recipe,
 )
-from histoscale.checkpoint.writer import Snapshot, write_checkpoint
+from histoscale.checkpoint.retention import discard_after
+from histoscale.checkpoint.writer import write_checkpoint
 from histoscale.errors import CheckpointError, StorageError
 from histoscale.storage import open_store
 from histoscale.storage.local import LocalStore
 from histoscale.storage.store import Store
 from histoscale.stream.faults import Fault, Quarantined
 
-SHAPES: dict[str, tuple[int, ...]] = {"backbone.a": (5, 7), "backbone.b": (11,), "head.c": (2, 3, 4)}
-KINDS = ("fp32", "exp_avg", "exp_avg_sq", "ema")
 BLOCK_ELEMENTS = 8
 
 
@@ -59,8 +67,7 @@ def _process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (manifest, reader):
-        monkeypatch.setattr(module, "BLOCK_ELEMENTS", BLOCK_ELEMENTS)
+    monkeypatch.setattr(shard, "BLOCK_ELEMENTS", BLOCK_ELEMENTS)
     monkeypatch.setattr(reader, "_MAX_BLOCKS_PER_REQUEST", 3)
 
 
@@ -69,32 +76,8 @@ def store(tmp_path: Path) -> Store:
     return open_store(tmp_path / "run")
 
 
-def state(seed: int) -> dict[str, Tensor]:
-    draws = torch.Generator().manual_seed(seed)
-    return {
-        f"{name}/{kind}": torch.randn(math.prod(shape), generator=draws)
-        for name, shape in SHAPES.items()
-        for kind in KINDS
-    }
-
-
-def snapshot(step: int, *, start: int | None = None) -> Snapshot:
-    values = state(step)
-    fragments = {
-        name: Fragment(0, math.prod(shape), shape, {kind: values[f"{name}/{kind}"] for kind in KINDS})
-        for name, shape in SHAPES.items()
-    }
-    first = step - 1 if start is None else start
-    records = [StepRecord(number, ((10 * number, 10),)) for number in range(first, step)]
-    return Snapshot(step, 10 * step, "recipe", fragments, SHAPES, records, {"workers": "1"})
-
-
 def empty_fragment(name: str, low: int, high: int, kinds: tuple[str, ...] = KINDS) -> Fragment:
     return Fragment(low, high - low, SHAPES[name], {kind: torch.full((high - low,), math.nan) for kind in kinds})
-
-
-def shard_path(store: Store, commit: Commit) -> Path:
-    return Path(store.uri) / commit.folder / "rank-0-of-1.safetensors"
 
 
 def rewrite_manifest(store: Store, commit: Commit, manifest: Manifest) -> Commit:
@@ -200,10 +183,153 @@ def test_truncated_newest_checkpoint_falls_back_to_the_one_before(
     with caplog.at_level(logging.WARNING):
         assert latest_commit(store) == first
     assert f"{second.folder}rank-0-of-1.safetensors is truncated" in caplog.text
-    discard_after(store, first)
+    discard_after(store, first.step)
     assert not store.exists(marker_key(2))
     assert [info.key for info in store.list("ledger/")] == [ledger_key(0, 1)]
     assert write_checkpoint(store, snapshot(2), 1) == latest_commit(store)
+
+
+def flip_data(store: Store, commit: Commit) -> None:
+    path = shard_path(store, commit)
+    data = bytearray(path.read_bytes())
+    data[8 + int.from_bytes(data[:8], "little")] ^= 1  # of the average, whose name comes first
+    path.write_bytes(data)
+
+
+def spoil_header(store: Store, commit: Commit) -> None:
+    path = shard_path(store, commit)
+    path.write_bytes(path.read_bytes().replace(b"data_offsets", b"data_0ffsets"))
+
+
+def spoil_manifest(store: Store, commit: Commit) -> None:
+    path = Path(store.uri) / commit.folder / "manifest.json"
+    path.write_text(path.read_text().replace("backbone.a", "backbone.x"))
+
+
+def spoil_marker(store: Store, commit: Commit) -> None:
+    path = Path(store.uri) / marker_key(commit.step)
+    path.write_text(path.read_text().replace('"images_seen":20', '"images_seen":21'))
+
+
+def remove_shard(store: Store, commit: Commit) -> None:
+    shard_path(store, commit).unlink()
+
+
+def remove_ledger(store: Store, commit: Commit) -> None:
+    store.delete(str(commit.ledger))
+
+
+DAMAGE = {
+    flip_data: "rank-0-of-1.safetensors is corrupt",
+    spoil_header: "rank-0-of-1.safetensors is corrupt",
+    spoil_manifest: "manifest.json is corrupt",
+    spoil_marker: "step-00000002.json is damaged",
+    remove_shard: "rank-0-of-1.safetensors is missing",
+    remove_ledger: "step-00000001-00000002.jsonl is missing",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_reader_takes_the_newest_checkpoint_that_is_whole(
+    store: Store, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = write_checkpoint(store, snapshot(1), 2)
+    damage(store, write_checkpoint(store, snapshot(2), 2))
+    with caplog.at_level(logging.WARNING):
+        found = read_newest(store, lambda commit: load_teacher(store, commit))
+    assert found is not None
+    teacher, commit = found
+    assert commit == first
+    assert torch.equal(teacher["backbone.b"].flatten(), state(1)["backbone.b/ema"])
+    assert "checkpoint of step 2 is left out: " in caplog.text
+    assert DAMAGE[damage] in caplog.text
+
+
+def test_where_all_checkpoints_are_corrupt_each_is_named(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2):
+        flip_data(store, write_checkpoint(store, snapshot(step), 2))
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(CorruptCheckpoint, match=r"step-00000001\.\w+/rank-0-of-1.safetensors is corrupt.*start the run"),
+    ):
+        read_newest(store, lambda commit: load_teacher(store, commit))
+    assert "checkpoint of step 2 is left out: checkpoints/step-00000002." in caplog.text
+
+
+def test_a_corrupt_checkpoint_is_named_where_those_before_are_torn(store: Store) -> None:
+    shard_path(store, write_checkpoint(store, snapshot(1), 2)).unlink()
+    flip_data(store, write_checkpoint(store, snapshot(2), 2))
+    with pytest.raises(CorruptCheckpoint, match=r"step-00000002\.\w+/rank-0-of-1.safetensors is corrupt"):
+        read_newest(store, lambda commit: load_teacher(store, commit))
+
+
+def test_a_reader_of_a_run_without_commits_finds_nothing(store: Store) -> None:
+    assert read_newest(store, lambda commit: load_teacher(store, commit)) is None
+
+
+def test_no_flipped_bit_of_a_marker_passes(store: Store) -> None:
+    commit = write_checkpoint(store, snapshot(1), 1)
+    whole = store.get(marker_key(1))
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 7
+        try:
+            found = decode_commit(bytes(flipped), marker_key(1))
+        except CheckpointError:
+            continue
+        assert found == commit, whole[max(0, place - 20) : place + 1]
+
+
+def test_a_marker_under_another_ones_name_is_damaged(store: Store) -> None:
+    commit = write_checkpoint(store, snapshot(1), 1)
+    with pytest.raises(CorruptCheckpoint, match=r"step-00000002\.json is damaged"):
+        decode_commit(encode(commit), marker_key(2))
+
+
+def test_a_commit_that_is_retired_while_it_is_read_is_a_diagnosis(store: Store) -> None:
+    commit = write_checkpoint(store, snapshot(1), 1)
+    write_checkpoint(store, snapshot(2), 1)
+    for read in (load_teacher, read_manifest):
+        with pytest.raises(CheckpointError, match="the checkpoint of step 1 was retired while it was read") as caught:
+            read(store, commit)
+        assert not isinstance(caught.value, CorruptCheckpoint)
+
+
+def test_a_commit_that_is_retired_between_listing_and_reading_is_passed_over(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        write_checkpoint(store, snapshot(step), 2)
+    get = LocalStore.get
+
+    def late(self: LocalStore, key: str) -> bytes:
+        self.delete(marker_key(1))
+        return get(self, key)
+
+    monkeypatch.setattr(LocalStore, "get", late)
+    assert latest_commit(store, before=2) is None
+
+
+def test_what_cannot_be_reached_is_no_reason_to_fall_back(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        write_checkpoint(store, snapshot(step), 2)
+
+    def down(self: LocalStore, key: str, start: int, length: int) -> bytes:
+        raise StorageError("the server cannot be reached")
+
+    monkeypatch.setattr(LocalStore, "get_range", down)
+    with pytest.raises(StorageError, match="cannot be reached"):
+        read_newest(store, lambda commit: load_teacher(store, commit))
+
+
+def test_shards_of_larger_blocks_are_read_still(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "BLOCK_ELEMENTS", 1 << 20)
+    commit = write_checkpoint(store, snapshot(1), 1)
+    key = f"{commit.folder}manifest.json"
+    data = store.get(key).replace(b',"block_elements":1048576', b"")
+    store.put(key, data)
+    older = replace(commit, manifest_crc32=zlib.crc32(data))
+    assert torch.equal(load_teacher(store, older)["backbone.b"].flatten(), state(1)["backbone.b/ema"])
 
 
 def test_missing_file_of_the_only_checkpoint_is_named(store: Store) -> None:
@@ -211,16 +337,6 @@ def test_missing_file_of_the_only_checkpoint_is_named(store: Store) -> None:
     shard_path(store, commit).unlink()
     with pytest.raises(CheckpointError, match=f"{commit.folder}rank-0-of-1.safetensors is missing"):
         latest_commit(store)
-
-
-def test_flipped_bit_is_found(store: Store) -> None:
-    commit = write_checkpoint(store, snapshot(1), 1)
-    path = shard_path(store, commit)
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"rank-0-of-1\.safetensors is corrupt"):
-        load_into(store, commit, {"head.c": empty_fragment("head.c", 0, 24)}, SHAPES)
 
 
 @pytest.mark.parametrize(("start", "damage"), [(0, b"\xff\xff\xff"), (8, b"!!!!")])
@@ -294,10 +410,10 @@ def test_damaged_manifest_is_named(data: bytes) -> None:
 def test_failed_upload_commits_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write_checkpoint(store, snapshot(1), 1)
 
-    def refuse(self: LocalStore, path: Path, key: str) -> None:
+    def refuse(self: LocalStore, key: str, parts: object) -> None:
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr(LocalStore, "upload", refuse)
+    monkeypatch.setattr(LocalStore, "put_parts", refuse)
     with pytest.raises(StorageError, match="the disk is full"):
         write_checkpoint(store, snapshot(2), 1)
     assert latest_commit(store) == first
@@ -377,7 +493,7 @@ def test_uncommitted_ledgers_are_no_history(store: Store) -> None:
 
 def test_run_without_commit_discards_every_ledger(store: Store) -> None:
     store.put(ledger_key(0, 3), encode_ledger([]))
-    discard_after(store, None)
+    discard_after(store, 0)
     assert not list(store.list("ledger/"))
 
 

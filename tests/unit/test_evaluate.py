@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from histoscale.checkpoint import reader
 from histoscale.checkpoint.manifest import Commit
 from histoscale.config.decode import decode_recipe, fingerprint
 from histoscale.config.recipe import Recipe
@@ -307,7 +308,7 @@ def test_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_checkpoint_of_another_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe()
-    monkeypatch.setattr(backbone_module, "latest_commit", lambda store: commit_of(recipe))
+    monkeypatch.setattr(reader, "latest_commit", lambda store: commit_of(recipe))
     monkeypatch.setattr(backbone_module, "load_teacher_backbone", lambda store, commit: {"cls_token": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"another network .*vit_test14"):
         trained_backbone(open_store(tmp_path), recipe)

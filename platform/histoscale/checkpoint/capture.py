@@ -20,12 +20,12 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from histoscale.checkpoint.collective import on_every_rank, on_first_rank
 from histoscale.checkpoint.ledger import Run, runs_of
 from histoscale.checkpoint.manifest import MANIFEST_NAME, Commit, Manifest, Shard, commit_of, encode, folders_below
-from histoscale.checkpoint.writer import Snapshot, write_shard
+from histoscale.checkpoint.shard import HostShard
+from histoscale.checkpoint.writer import Snapshot
 from histoscale.errors import CheckpointError, HistoscaleError, NonFiniteError, StorageError
 from histoscale.storage.store import Store, join
 from histoscale.stream.faults import Fault
@@ -113,7 +113,7 @@ def write_capture(store: Store, snapshot: Snapshot, batches: Sequence[CapturedBa
     """
     attempt = on_first_rank(lambda: secrets.token_hex(4))
     folder = f"{FOLDER}step-{snapshot.step:08d}.{attempt}/"
-    reports = on_every_rank(lambda: (_write_shard(store, folder, snapshot), tuple(batches)))
+    reports = on_every_rank(lambda: (HostShard.of(snapshot.fragments).write(store, folder), tuple(batches)))
     shards = tuple(shard for shard, _ in reports)
     micro_batches = sorted((batch for _, rank in reports for batch in rank), key=lambda batch: batch.replica)
 
@@ -163,18 +163,6 @@ def read_capture(store: Store, folder: str) -> Capture:
                 remedy="restore the file, or run the same job again, which meets the failure again",
             )
     return capture
-
-
-def _write_shard(store: Store, folder: str, snapshot: Snapshot) -> Shard:
-    try:
-        return write_shard(store, folder, snapshot.fragments)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # A full scratch disk or a full GPU on one rank must not leave the others waiting for it.
-        raise StorageError(
-            "this rank's state could not be written to its node's temporary folder",
-            value=type(error).__name__,
-            remedy="make room there",
-        ) from error
 
 
 def _state(snapshot: Snapshot, folder: str, shards: Sequence[Shard], manifest: bytes) -> Commit:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from histoscale.errors import HistoscaleError
@@ -22,6 +23,14 @@ def on_every_rank(compute: Callable[[], T]) -> list[T]:
     outcomes: list[T | HistoscaleError] = [None] * dist.get_world_size()  # type: ignore[list-item]
     dist.all_gather_object(outcomes, _attempt(compute))
     return [_result(outcome) for outcome in outcomes]
+
+
+def everywhere(is_so: bool) -> bool:
+    """Whether something is so on all ranks."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flag = torch.tensor(int(is_so), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
 
 
 def _attempt(compute: Callable[[], T]) -> T | HistoscaleError:

@@ -22,11 +22,21 @@ FORMAT_VERSION = 1
 FOLDER = "checkpoints/"
 MANIFEST_NAME = "manifest.json"
 
-# Checksums cover blocks of this many elements (4 MiB), so that a rank can verify the part it reads.
-BLOCK_ELEMENTS = 1 << 20
+# Checksums cover blocks of this many elements (128 KiB), so that a rank can verify the part it reads and reads little
+# beside it, even where it needs half of each parameter.
+BLOCK_ELEMENTS = 1 << 15
 BYTES_PER_ELEMENT = 4
+_BLOCK_ELEMENTS_BEFORE = 1 << 20  # of shards that do not say it
 
 _MARKER = re.compile(r"checkpoints/step-(\d{8,})\.json")
+
+
+class CorruptCheckpoint(CheckpointError):
+    """A checkpoint whose files are not, or not all, those that were committed: an earlier one may be whole."""
+
+
+START_AGAIN = f"restore the file, or delete {FOLDER} and the ledger to start the run again"
+"""The remedy where no checkpoint is whole."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +57,14 @@ class Shard:
         size_bytes: Of the file.
         pieces: What each flat tensor holds.
         crc32: kind -> checksum of each block of that flat tensor.
+        block_elements: How long these blocks are.
     """
 
     name: str
     size_bytes: int
     pieces: tuple[Piece, ...]
     crc32: dict[str, tuple[int, ...]]
+    block_elements: int
 
 
 @dataclass(frozen=True)
@@ -113,31 +125,46 @@ def folder_prefix(step: int, attempt: str) -> str:
     return f"{FOLDER}step-{step:08d}.{attempt}/"
 
 
-def block_checksums(data: memoryview) -> tuple[int, ...]:
+def block_checksums(data: memoryview, block_elements: int) -> tuple[int, ...]:
     """crc32 of each block of a flat tensor's bytes; the last block may be short."""
-    block_bytes = BLOCK_ELEMENTS * BYTES_PER_ELEMENT
+    block_bytes = block_elements * BYTES_PER_ELEMENT
     return tuple(zlib.crc32(data[start : start + block_bytes]) for start in range(0, len(data), block_bytes))
 
 
 def encode(record: Commit | Manifest) -> bytes:
-    """A commit or a manifest as JSON."""
-    return json.dumps({"format": FORMAT_VERSION, **asdict(record)}, separators=(",", ":")).encode()
+    """A commit or a manifest as JSON; a commit, which nothing else vouches for, with a checksum of itself."""
+    values = asdict(record)
+    if isinstance(record, Commit):
+        values["crc32"] = _checksum(values)
+    return json.dumps({"format": FORMAT_VERSION, **values}, separators=(",", ":")).encode()
 
 
 def decode_commit(data: bytes, key: str) -> Commit:
     """The commit that a marker holds.
 
     Raises:
-        CheckpointError: It is damaged or of another version.
+        CorruptCheckpoint: It is damaged.
+        CheckpointError: It is of another version.
     """
-    return commit_of(_decode(data, key), key)
+    values = _decode(data, key)
+    checksum = values.pop("crc32", None)
+    if checksum is not None and checksum != _checksum(values):
+        raise _damaged(key)
+    commit = commit_of(values, key)
+    if marker_step(key) not in (None, commit.step):
+        raise _damaged(key)
+    return commit
+
+
+def _checksum(values: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def commit_of(values: dict[str, Any], key: str) -> Commit:
     """The commit that decoded JSON describes.
 
     Raises:
-        CheckpointError: It is damaged.
+        CorruptCheckpoint: It is damaged.
     """
     try:
         quarantine = tuple(Quarantined(**slide) for slide in values.pop("quarantine", ()))
@@ -150,7 +177,8 @@ def decode_manifest(data: bytes, key: str) -> Manifest:
     """The manifest that a file holds.
 
     Raises:
-        CheckpointError: It is damaged or of another version.
+        CorruptCheckpoint: It is damaged.
+        CheckpointError: It is of another version.
     """
     values = _decode(data, key)
     try:
@@ -168,6 +196,7 @@ def _shard(values: dict[str, Any]) -> Shard:
         size_bytes=values["size_bytes"],
         pieces=tuple(Piece(**piece) for piece in values["pieces"]),
         crc32={kind: tuple(sums) for kind, sums in values["crc32"].items()},
+        block_elements=values.get("block_elements", _BLOCK_ELEMENTS_BEFORE),
     )
 
 
@@ -189,7 +218,5 @@ def _decode(data: bytes, key: str) -> dict[str, Any]:
     return values
 
 
-def _damaged(key: str) -> CheckpointError:
-    return CheckpointError(
-        f"{key} is damaged", expected="a complete JSON object", remedy=f"delete {key} to resume from the commit before"
-    )
+def _damaged(key: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(f"{key} is damaged", expected="what was written", remedy=START_AGAIN)

@@ -4,25 +4,29 @@ Every byte that is used has been checked against its block's checksum, and every
 exactly one shard.
 """
 
+import contextlib
 import json
 import logging
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from histoscale.checkpoint import ledger
 from histoscale.checkpoint.fragments import CENTER_PREFIX, EMA, Fragment
 from histoscale.checkpoint.manifest import (
-    BLOCK_ELEMENTS,
     BYTES_PER_ELEMENT,
     FOLDER,
     MANIFEST_NAME,
+    START_AGAIN,
     Commit,
+    CorruptCheckpoint,
     Manifest,
     Shard,
     block_checksums,
@@ -32,43 +36,76 @@ from histoscale.checkpoint.manifest import (
     marker_step,
 )
 from histoscale.errors import CheckpointError
-from histoscale.storage.store import Store
+from histoscale.storage.store import ObjectChanged, Store
+
+T = TypeVar("T")
 
 _BACKBONE_PREFIX = "backbone."
-_MAX_BLOCKS_PER_REQUEST = 16
+_MAX_BLOCKS_PER_REQUEST = 256  # 32 MiB
+_READS_AT_ONCE = 4
 
 _log = logging.getLogger(__name__)
 
 
-def latest_commit(store: Store) -> Commit | None:
+def latest_commit(store: Store, before: int | None = None) -> Commit | None:
     """The newest commit whose files are all there in full size; None when the run has no commit.
 
+    Args:
+        store: The run folder.
+        before: Only commits of earlier steps are looked at.
+
     Raises:
-        CheckpointError: There are commits, but none is whole; or a marker is damaged or of another version.
+        CorruptCheckpoint: There are commits, but none is whole.
+        CheckpointError: A marker is of another version.
     """
     sizes_bytes = {info.key: info.size_bytes for info in store.list(FOLDER)}
-    steps = sorted((step for step in map(marker_step, sizes_bytes) if step is not None), reverse=True)
-    torn: list[CheckpointError] = []
-    for step in steps:
-        commit = decode_commit(store.get(marker_key(step)), marker_key(step))
-        problem = _torn_file(commit, sizes_bytes)
-        if problem is None:
+    steps = [step for step in map(marker_step, sizes_bytes) if step is not None and (before is None or step < before)]
+    torn: list[CorruptCheckpoint] = []
+    for step in sorted(steps, reverse=True):
+        try:
+            commit = decode_commit(store.get(marker_key(step)), marker_key(step))
+            _require_whole(store, commit, sizes_bytes)
+        except CorruptCheckpoint as problem:
+            _log.warning("checkpoint of step %d is left out: %s", step, problem)
+            torn.append(problem)
+        except ObjectChanged:
+            continue  # retired since it was listed
+        else:
             return commit
-        _log.warning("checkpoint of step %d is left out: %s", step, problem)
-        torn.append(problem)
     if torn:
         raise torn[0]
     return None
 
 
-def discard_after(store: Store, commit: Commit | None) -> None:
-    """Remove what claims to be later than `commit`: ledgers never committed and markers of torn checkpoints."""
-    step = commit.step if commit else 0
-    ledger.delete_after(store, step)
-    for info in list(store.list(FOLDER)):
-        marked = marker_step(info.key)
-        if marked is not None and marked > step:
-            store.delete(info.key)
+def commit_before(store: Store, commit: Commit, problem: CorruptCheckpoint) -> Commit:
+    """The newest whole commit before one that proved corrupt when it was read; says that it is left out.
+
+    Raises:
+        CorruptCheckpoint: There is none; `problem` itself.
+    """
+    _log.warning("checkpoint of step %d is left out: %s", commit.step, problem)
+    try:
+        older = latest_commit(store, before=commit.step)
+    except CorruptCheckpoint:
+        older = None
+    if older is None:
+        raise problem
+    return older
+
+
+def read_newest(store: Store, read: Callable[[Commit], T]) -> tuple[T, Commit] | None:
+    """What `read` makes of the newest commit that is not corrupt, and that commit; None when the run has none.
+
+    Raises:
+        CheckpointError: All are corrupt, or whatever else `read` says.
+    """
+    commit = latest_commit(store)
+    while commit is not None:
+        try:
+            return read(commit), commit
+        except CorruptCheckpoint as problem:
+            commit = commit_before(store, commit, problem)
+    return None
 
 
 def require_recipe(commit: Commit, fingerprint: str) -> None:
@@ -114,25 +151,32 @@ def load_into(
         shapes: Name -> shape of every parameter of the network that is being restored.
 
     Raises:
-        CheckpointError: The parameters differ, a file is corrupt, or an element is missing.
+        CorruptCheckpoint: A file is missing or corrupt, or an element is missing.
+        CheckpointError: The parameters differ, or the commit was retired meanwhile.
     """
     manifest = read_manifest(store, commit)
     _require_same_parameters(commit, manifest.shapes, shapes)
     loaded: Counter[tuple[str, str]] = Counter()
-    for shard in manifest.shards:
-        wanted = list(_overlaps(shard, targets))
-        for kind, copies in _by_kind(wanted).items():
-            _fill(store, commit, shard, kind, copies)
-            for copy in copies:
-                loaded[copy.name, kind] += copy.target.numel()
+    with ThreadPoolExecutor(_READS_AT_ONCE, thread_name_prefix="checkpoint-read") as pool:
+        for shard in manifest.shards:
+            wanted = _by_kind(list(_overlaps(shard, targets)))
+            starts_byte = _tensor_starts_byte(store, commit, shard) if wanted else {}
+            for kind, copies in wanted.items():
+                if kind not in starts_byte:
+                    raise _corrupt(commit, commit.folder + shard.name)
+                fill = partial(_fill, store, commit, shard, kind, starts_byte[kind], copies)
+                for _ in pool.map(fill, _block_runs(_blocks_of(shard, copies))):
+                    pass
+                for copy in copies:
+                    loaded[copy.name, kind] += copy.target.numel()
     for name, part in targets.items():
         for kind in part.tensors:
             if loaded[name, kind] != part.numel:
-                raise CheckpointError(
+                raise CorruptCheckpoint(
                     f"the checkpoint of step {commit.step} does not hold {name} ({kind}) exactly once",
                     value=loaded[name, kind],
                     expected=f"{part.numel} elements",
-                    remedy=_remedy(commit),
+                    remedy=START_AGAIN,
                 )
 
 
@@ -150,10 +194,12 @@ def read_manifest(store: Store, commit: Commit) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: It is not the one that was committed.
+        CorruptCheckpoint: It is not the one that was committed.
+        CheckpointError: The commit was retired meanwhile.
     """
     key = commit.folder + MANIFEST_NAME
-    data = store.get(key)
+    with _files_of(store, commit, key):
+        data = store.get(key)
     if zlib.crc32(data) != commit.manifest_crc32:
         raise _corrupt(commit, key)
     return decode_manifest(data, key)
@@ -203,38 +249,52 @@ def _by_kind(copies: Sequence[_Copy]) -> dict[str, list[_Copy]]:
     return groups
 
 
+def _blocks_of(shard: Shard, copies: Sequence[_Copy]) -> list[int]:
+    """The blocks that hold `copies`."""
+    size = shard.block_elements
+    return sorted({block for copy in copies for block in range(copy.start // size, math.ceil(copy.stop / size))})
+
+
 @torch.no_grad()
-def _fill(store: Store, commit: Commit, shard: Shard, kind: str, copies: Sequence[_Copy]) -> None:
-    """Fetch the blocks that hold `copies`, in runs, and copy out what is wanted."""
-    key = commit.folder + shard.name
-    data_start_byte = _tensor_start_byte(store, commit, shard, kind)
-    blocks = {
-        block for copy in copies for block in range(copy.start // BLOCK_ELEMENTS, math.ceil(copy.stop / BLOCK_ELEMENTS))
-    }
+def _fill(
+    store: Store,
+    commit: Commit,
+    shard: Shard,
+    kind: str,
+    data_start_byte: int,
+    copies: Sequence[_Copy],
+    run: tuple[int, int],
+) -> None:
+    """Fetch the blocks from the first to the last of a run, and copy out what is wanted of them."""
+    key, (first, last) = commit.folder + shard.name, run
     numel = sum(piece.numel for piece in shard.pieces)
-    for first, last in _block_runs(sorted(blocks)):
-        low, high = first * BLOCK_ELEMENTS, min((last + 1) * BLOCK_ELEMENTS, numel)
+    low, high = first * shard.block_elements, min((last + 1) * shard.block_elements, numel)
+    with _files_of(store, commit, key):
         data = store.get_range(key, data_start_byte + low * BYTES_PER_ELEMENT, (high - low) * BYTES_PER_ELEMENT)
-        if block_checksums(memoryview(data)) != shard.crc32[kind][first : last + 1]:
-            raise _corrupt(commit, key)
-        values = torch.frombuffer(bytearray(data), dtype=torch.float32)
-        for copy in copies:
-            start, stop = max(copy.start, low), min(copy.stop, high)
-            if start < stop:
-                copy.target[start - copy.start : stop - copy.start].copy_(values[start - low : stop - low])
-
-
-def _tensor_start_byte(store: Store, commit: Commit, shard: Shard, kind: str) -> int:
-    """Where a flat tensor's data starts in a safetensors file: an 8-byte length, a JSON header, then the data."""
-    key = commit.folder + shard.name
-    header_bytes = int.from_bytes(store.get_range(key, 0, 8), "little")
-    if header_bytes > shard.size_bytes:
+    if block_checksums(memoryview(data), shard.block_elements) != shard.crc32[kind][first : last + 1]:
         raise _corrupt(commit, key)
+    values = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    for copy in copies:
+        start, stop = max(copy.start, low), min(copy.stop, high)
+        if start < stop:
+            copy.target[start - copy.start : stop - copy.start].copy_(values[start - low : stop - low])
+
+
+def _tensor_starts_byte(store: Store, commit: Commit, shard: Shard) -> dict[str, int]:
+    """Where each flat tensor's data start in a safetensors file: an 8-byte length, a JSON header, then the data."""
+    key = commit.folder + shard.name
     try:
-        header = json.loads(store.get_range(key, 8, header_bytes))
-        return 8 + header_bytes + int(header[kind]["data_offsets"][0])
-    except (ValueError, KeyError, TypeError) as error:
+        with _files_of(store, commit, key):
+            header_bytes = int.from_bytes(store.get_range(key, 0, 8), "little")
+            if header_bytes > shard.size_bytes:
+                raise _corrupt(commit, key)
+            header = json.loads(store.get_range(key, 8, header_bytes))
+        starts = {kind: 8 + header_bytes + int(header[kind]["data_offsets"][0]) for kind in shard.crc32}
+    except (ValueError, LookupError, TypeError) as error:
         raise _corrupt(commit, key) from error
+    if min(starts.values(), default=0) < 0:
+        raise _corrupt(commit, key)
+    return starts
 
 
 def _block_runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -265,22 +325,35 @@ def _require_same_parameters(
         )
 
 
-def _torn_file(commit: Commit, sizes_bytes: Mapping[str, int]) -> CheckpointError | None:
+def _require_whole(store: Store, commit: Commit, sizes_bytes: Mapping[str, int]) -> None:
+    """Refuse a commit of which a file is missing, or has another size."""
     for name, expected_bytes in commit.sizes_bytes.items():
         found_bytes = sizes_bytes.get(commit.folder + name)
         if found_bytes != expected_bytes:
-            return CheckpointError(
+            raise CorruptCheckpoint(
                 f"{commit.folder}{name} is {'missing' if found_bytes is None else 'truncated'}",
                 value=found_bytes,
                 expected=f"{expected_bytes} bytes",
-                remedy=f"restore the file, or delete {FOLDER} and the ledger to start the run again",
+                remedy=START_AGAIN,
             )
-    return None
+    if commit.ledger is not None and not store.exists(commit.ledger):
+        raise CorruptCheckpoint(f"{commit.ledger} is missing", remedy=START_AGAIN)
 
 
-def _corrupt(commit: Commit, key: str) -> CheckpointError:
-    return CheckpointError(f"{key} is corrupt: its checksum differs", remedy=_remedy(commit))
+@contextlib.contextmanager
+def _files_of(store: Store, commit: Commit, key: str) -> Iterator[None]:
+    """Tell why a file is not there, or too short: it was damaged, or its commit was retired while it was read."""
+    try:
+        yield
+    except ObjectChanged as error:
+        if commit.folder.startswith(FOLDER) and not store.exists(marker_key(commit.step)):
+            raise CheckpointError(
+                f"the checkpoint of step {commit.step} was retired while it was read: newer ones took its place",
+                remedy="run the same command again, which reads the newest one; raise checkpoint.keep_last in the "
+                "next run where this happens again",
+            ) from error
+        raise CorruptCheckpoint(f"{key} is missing or truncated", remedy=START_AGAIN) from error
 
 
-def _remedy(commit: Commit) -> str:
-    return f"delete {marker_key(commit.step)} to resume from the commit before"
+def _corrupt(commit: Commit, key: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(f"{key} is corrupt: its checksum differs", remedy=START_AGAIN)

@@ -1,43 +1,39 @@
-"""Writing a checkpoint: every rank its own shard, then the manifest, then the commit marker, in that order.
+"""Writing a checkpoint: every rank its own shard, then the manifest, the ledger and the commit marker, in that order.
 
 Only the marker makes a checkpoint exist. Whatever is killed before it leaves a folder that nobody reads and that the
-next commit removes.
+next commit removes. Shards and commit are written by a thread beside training; the ranks agree between two steps,
+and only there, for the thread must not use the process group that training uses.
 """
 
 import logging
 import secrets
-import tempfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TypeVar
 
-import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
-from torch import Tensor
 
-from histoscale.checkpoint.collective import on_every_rank, on_first_rank
+from histoscale.checkpoint.collective import everywhere, on_every_rank, on_first_rank
 from histoscale.checkpoint.fragments import Fragment
 from histoscale.checkpoint.ledger import StepRecord, encode_ledger, ledger_key, merge_records
 from histoscale.checkpoint.manifest import (
-    FOLDER,
     MANIFEST_NAME,
     Commit,
     Manifest,
-    Piece,
     Shard,
-    block_checksums,
-    decode_commit,
     encode,
     folder_prefix,
-    folders_below,
     marker_key,
-    marker_step,
 )
-from histoscale.errors import StorageError
+from histoscale.checkpoint.retention import Retention, discard_after, remove_retired
+from histoscale.checkpoint.shard import HostShard
+from histoscale.errors import CheckpointError, HistoscaleError, StorageError
 from histoscale.storage.store import Store
 from histoscale.stream.faults import Quarantined
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -66,76 +62,176 @@ class Snapshot:
     teacher: str | None = None
 
 
+@dataclass
+class _Flight:
+    """A checkpoint on its way.
+
+    Attributes:
+        shard: This rank's, to come.
+        records: This rank's, of the steps up to the snapshot.
+        commit: To come, on rank 0; None while shards are being written.
+    """
+
+    snapshot: Snapshot
+    folder: str
+    shard: Future[Shard]
+    records: tuple[StepRecord, ...]
+    commit: Future[Commit] | None = None
+
+
+class CheckpointWriter:
+    """Writes checkpoints beside training, one at a time. Every method is collective: all ranks call it alike.
+
+    A checkpoint that could not be written does no harm to the run: the next one takes its place. So many failures in a
+    row as `max_failed` are the end of it.
+
+    Args:
+        store: The run folder.
+        retention: Which commits stay.
+        max_failed: So many failures in a row are an error.
+    """
+
+    def __init__(self, store: Store, retention: Retention, max_failed: int) -> None:
+        self._store = store
+        self._retention = retention
+        self._max_failed = max_failed
+        self._failed = 0
+        self._flight: _Flight | None = None
+        # One thread: a rank's shard and rank 0's commit never run at once.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    @property
+    def in_flight(self) -> int | None:
+        """Step of the checkpoint that is being written."""
+        return self._flight.snapshot.step if self._flight else None
+
+    def begin(self, snapshot: Snapshot) -> None:
+        """Copy a snapshot to host memory and let it be written; what was in flight must be settled.
+
+        Failures come out in `settle`.
+        """
+        folder = folder_prefix(snapshot.step, on_first_rank(lambda: secrets.token_hex(4)))
+        shard: Future[Shard] = Future()
+        try:
+            held = HostShard.of(snapshot.fragments)
+        except StorageError as error:
+            shard.set_exception(error)
+        else:
+            shard = self._beside(lambda: held.write(self._store, folder))
+        self._flight = _Flight(snapshot, folder, shard, tuple(snapshot.records))
+
+    def settle(self, *, wait: bool) -> Commit | None:
+        """Move on with the checkpoint in flight; answers the commit when it is there, and None otherwise.
+
+        Args:
+            wait: Until it is committed or has failed; otherwise what is ready now is taken note of.
+
+        Raises:
+            StorageError: It failed, the last of too many in a row; the same on every rank.
+        """
+        try:
+            return self._move_on(wait)
+        except StorageError as error:
+            if self._failed >= self._max_failed:
+                raise
+            if dist.get_rank() == 0:
+                _log.warning(
+                    "%s; failed %d of %d times, the next one tries again", error, self._failed, self._max_failed
+                )
+            return None
+
+    def finish(self) -> Commit:
+        """Wait for the commit of the checkpoint in flight.
+
+        Raises:
+            StorageError: It failed; the same on every rank.
+            CheckpointError: There is none in flight.
+        """
+        commit = self._move_on(wait=True)
+        if commit is None:
+            raise CheckpointError("no checkpoint is being written", expected="one that was begun")
+        return commit
+
+    def _move_on(self, wait: bool) -> Commit | None:
+        flight = self._flight
+        if flight is None:
+            return None
+        try:
+            commit = self._advance(flight, wait)
+        except HistoscaleError as error:
+            self._flight = None
+            self._failed += 1
+            raise StorageError(
+                f"the checkpoint of step {flight.snapshot.step} was not committed: {error.what}",
+                value=error.value,
+                expected=error.expected,
+                remedy=error.remedy,
+            ) from error
+        if commit is not None:
+            self._flight = None
+            self._failed = 0
+        return commit
+
+    def _advance(self, flight: _Flight, wait: bool) -> Commit | None:
+        if flight.commit is None:
+            if not wait and not everywhere(flight.shard.done()):
+                return None
+            reports = on_every_rank(lambda: (flight.shard.result(), flight.records))
+            flight.commit = self._begin_commit(flight, reports)
+        if not wait and not everywhere(flight.commit.done()):
+            return None
+        commit = flight.commit
+        return on_first_rank(commit.result)
+
+    def _begin_commit(self, flight: _Flight, reports: Sequence[tuple[Shard, tuple[StepRecord, ...]]]) -> Future[Commit]:
+        """The commit to come, on rank 0; the others have nothing to wait for."""
+        if dist.get_rank() != 0:
+            nothing: Future[Commit] = Future()
+            nothing.cancel()
+            return nothing
+        shards = tuple(shard for shard, _ in reports)
+        records = [merge_records(shares) for shares in zip(*(records for _, records in reports), strict=True)]
+        return self._beside(lambda: self._commit(flight, shards, records))
+
+    def _commit(self, flight: _Flight, shards: tuple[Shard, ...], records: Sequence[StepRecord]) -> Commit:
+        commit = commit_shards(self._store, flight.folder, flight.snapshot, shards, records)
+        try:
+            remove_retired(self._store, self._retention)
+        except (StorageError, CheckpointError) as error:
+            # The run is committed; what could not be removed is tried again at the next commit.
+            _log.warning("old checkpoints could not be removed: %s", error)
+        return commit
+
+    def _beside(self, work: Callable[[], T]) -> Future[T]:
+        return self._thread.submit(_diagnosed, work)
+
+
 def write_checkpoint(store: Store, snapshot: Snapshot, keep_last: int) -> Commit:
     """Write and commit a checkpoint, then remove all but the newest `keep_last` (collective).
 
     Raises:
         StorageError: Something could not be written; raised on every rank, and nothing is committed.
     """
-    folder = folder_prefix(snapshot.step, on_first_rank(lambda: secrets.token_hex(4)))
-    reports = on_every_rank(lambda: (write_shard(store, folder, snapshot.fragments), snapshot.records))
-    shards = tuple(shard for shard, _ in reports)
-    records = [merge_records(shares) for shares in zip(*(records for _, records in reports), strict=True)]
-
-    def commit() -> Commit:
-        committed = _commit(store, folder, snapshot, shards, records)
-        try:
-            remove_retired(store, keep_last)
-        except StorageError as error:
-            # The run is committed; what could not be removed is tried again at the next commit.
-            _log.warning("old checkpoints could not be removed: %s", error)
-        return committed
-
-    return on_first_rank(commit)
+    writer = CheckpointWriter(store, Retention(keep_last), max_failed=1)
+    writer.begin(snapshot)
+    return writer.finish()
 
 
-def remove_retired(store: Store, keep_last: int) -> None:
-    """Delete all commits but the newest `keep_last`, and every folder that no commit names."""
-    keys = [info.key for info in store.list(FOLDER)]
-    steps = sorted(step for step in map(marker_step, keys) if step is not None)
-    for step in steps[:-keep_last]:
-        store.delete(marker_key(step))
-    kept = {decode_commit(store.get(marker_key(step)), marker_key(step)).folder for step in steps[-keep_last:]}
-    folders = folders_below(FOLDER, keys)
-    for folder in sorted(folders - kept):
-        store.delete_prefix(folder)
-
-
-def write_shard(store: Store, folder: str, fragments: Mapping[str, Fragment]) -> Shard:
-    """Write this rank's file into a folder; says what it holds."""
-    name = f"rank-{dist.get_rank()}-of-{dist.get_world_size()}.safetensors"
-    flat = _flatten(fragments)
-    with tempfile.TemporaryDirectory(prefix="histoscale-") as scratch:
-        path = Path(scratch) / name
-        save_file(flat, path)
-        store.upload(path, folder + name)
-        size_bytes = path.stat().st_size
-    checksums = {kind: block_checksums(tensor.view(torch.uint8).numpy().data) for kind, tensor in flat.items()}
-    return Shard(name, size_bytes, _pieces(fragments), checksums)
-
-
-def _flatten(fragments: Mapping[str, Fragment]) -> dict[str, Tensor]:
-    """The fragments of each kind, end to end, on the host."""
-    kinds = next(iter(fragments.values())).tensors if fragments else ()
-    return {kind: torch.cat([part.tensors[kind] for part in fragments.values()]).cpu() for kind in kinds}
-
-
-def _pieces(fragments: Mapping[str, Fragment]) -> tuple[Piece, ...]:
-    pieces, start = [], 0
-    for name, part in fragments.items():
-        pieces.append(Piece(name, part.offset, part.numel, start))
-        start += part.numel
-    return tuple(pieces)
-
-
-def _commit(
-    store: Store,
-    folder: str,
-    snapshot: Snapshot,
-    shards: tuple[Shard, ...],
-    records: Sequence[StepRecord],
+def commit_shards(
+    store: Store, folder: str, snapshot: Snapshot, shards: tuple[Shard, ...], records: Sequence[StepRecord]
 ) -> Commit:
-    """Rank 0's part: what makes the shards a checkpoint."""
+    """Make shards that are whole a checkpoint; for one rank.
+
+    Args:
+        store: The run folder.
+        folder: Where the shards are.
+        snapshot: What the commit says.
+        shards: Of all ranks.
+        records: Of all ranks, merged: one for each step since the last commit.
+    """
+    if records:
+        # A commit that seemed to fail may have left its ledger, or even its marker, when only the answer was lost.
+        discard_after(store, records[0].step)
     manifest = encode(Manifest(snapshot.shapes, shards))
     store.put(folder + MANIFEST_NAME, manifest)
     commit = Commit(
@@ -152,6 +248,18 @@ def _commit(
     )
     store.put(marker_key(snapshot.step), encode(commit))
     return commit
+
+
+def _diagnosed(work: Callable[[], T]) -> T:
+    """What a thread does: an error that one rank alone meets must not leave the others waiting for it."""
+    try:
+        return work()
+    except (OSError, RuntimeError, MemoryError) as error:
+        raise StorageError(
+            "a checkpoint could not be written",
+            value=f"{type(error).__name__}: {error}",
+            remedy="look at the disk and the memory of the worker's node",
+        ) from error
 
 
 def _write_ledger(store: Store, records: Sequence[StepRecord]) -> str | None:

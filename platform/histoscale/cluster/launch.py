@@ -50,14 +50,14 @@ class ElasticTorchTrainer(TorchTrainer):
         return super()._initialize_and_run_controller(**keywords)
 
 
-def run_workers(run_uri: str, recipe: Recipe, device: str, feed: FeedSpec, watched: Watched) -> None:
-    """Train until the workers are done, through every restart.
+def run_workers(run_uri: str, recipe: Recipe, device: str, start: int, feed: FeedSpec, watched: Watched) -> None:
+    """Train from step `start` until the workers are done, through every restart.
 
     Raises:
         HistoscaleError: What no other attempt would mend, or more failures than the recipe allows.
     """
     control, cluster = start_control(), recipe.cluster
-    spec = WorkerSpec(recipe, run_uri, device, feed, start_feed(feed), control)
+    spec = WorkerSpec(recipe, run_uri, device, feed, start_feed(feed), control, committed_step=start)
     failures = FailureConfig(
         max_failures=cluster.max_failures,
         max_preemption_failures=cluster.max_preemptions,

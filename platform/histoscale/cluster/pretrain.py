@@ -24,6 +24,7 @@ from histoscale.cluster.segments import next_segments, out_from, read_segments, 
 from histoscale.cluster.watching import Watched
 from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import Recipe
+from histoscale.errors import CheckpointError
 from histoscale.models.published import describe_published, load_published
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
@@ -120,37 +121,51 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
     Raises:
         HistoscaleError: Whatever is wrong with the lease, the cluster or the training.
     """
+    device = resolve_device(checked.request.recipe.cluster)
+    with Lease(checked.store, checked.request.holder) as lease:
+        while True:
+            start = _committed_step(checked.store)
+            try:
+                return _go_on(checked, device, lease, tell)
+            except CheckpointError as error:
+                # The workers have left out a commit that was corrupt: what follows the one before is planned anew.
+                if _committed_step(checked.store) >= start:
+                    raise
+                tell(f"warning: {error}")
+
+
+def _go_on(checked: CheckedRequest, device: str, lease: Lease, tell: Callable[[str], None]) -> PretrainOutcome:
+    """Train from the newest commit on."""
     request, store, catalogue = checked.request, checked.store, checked.catalogue
-    device = resolve_device(request.recipe.cluster)
-    with Lease(store, request.holder) as lease:
-        recipe = _resumed_recipe(checked)  # once more: the run may have been started since it was checked
-        commit = latest_commit(store) if recipe else None
-        start = commit.step if commit else 0
-        if start >= request.recipe.steps:
-            tell(f"run {store.uri} is complete: {start} steps")
-            return PretrainOutcome(start, request.recipe.steps, stopped=False)
-        wait_for_resources(request.recipe.cluster, device, tell)
-        if recipe is None:
-            recipe = resolve_precision(request.recipe, DEFAULT_PRECISION[device])
-            start_run(store, recipe, request.index_uri, catalogue.snapshot_id, checked.origins)
-        quarantine = commit.quarantine if commit else ()
-        feed = _feed(checked, recipe, start, quarantine, device)
-        tell(f"plan {checked.plan.fingerprint(catalogue.snapshot_id)} over snapshot {catalogue.snapshot_id}")
-        for line in describe_plan(checked.plan.report()):
-            tell(line)
-        for line in checked.origins:
-            tell(line)
-        if recipe.distill is None:
-            tell(f"memory: {_memory(recipe, device).line()}")
-        tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
-        bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
-        run_workers(store.uri, recipe, device, feed, Watched(lease, bad_slides, recipe.cluster.silence_s, tell))
-        for line in bad_slides.summary():
-            tell(line)
-        if bad_slides.error is not None:
-            raise bad_slides.error
-        step = _committed_step(store)
-        return PretrainOutcome(step, recipe.steps, stopped=step < recipe.steps)
+    recipe = _resumed_recipe(checked)  # once more: the run may have been started since it was checked
+    commit = latest_commit(store) if recipe else None
+    start = commit.step if commit else 0
+    if start >= request.recipe.steps:
+        tell(f"run {store.uri} is complete: {start} steps")
+        return PretrainOutcome(start, request.recipe.steps, stopped=False)
+    wait_for_resources(request.recipe.cluster, device, tell)
+    if recipe is None:
+        recipe = resolve_precision(request.recipe, DEFAULT_PRECISION[device])
+        start_run(store, recipe, request.index_uri, catalogue.snapshot_id, checked.origins)
+    quarantine = commit.quarantine if commit else ()
+    feed = _feed(checked, recipe, start, quarantine, device)
+    tell(f"plan {checked.plan.fingerprint(catalogue.snapshot_id)} over snapshot {catalogue.snapshot_id}")
+    for line in describe_plan(checked.plan.report()):
+        tell(line)
+    for line in checked.origins:
+        tell(line)
+    if recipe.distill is None:
+        tell(f"memory: {_memory(recipe, device).line()}")
+    tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
+    bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
+    watched = Watched(lease, bad_slides, recipe.cluster.silence_s, tell)
+    run_workers(store.uri, recipe, device, start, feed, watched)
+    for line in bad_slides.summary():
+        tell(line)
+    if bad_slides.error is not None:
+        raise bad_slides.error
+    step = _committed_step(store)
+    return PretrainOutcome(step, recipe.steps, stopped=step < recipe.steps)
 
 
 def _memory(recipe: Recipe, device: str) -> MemoryForecast:

@@ -10,10 +10,11 @@ import torch
 from ray.train.torch import get_device
 
 from histoscale.checkpoint.collective import on_first_rank
+from histoscale.checkpoint.manifest import Commit
 from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Pulse, Wish
 from histoscale.cluster.failures import Yielded
 from histoscale.config.recipe import Recipe
-from histoscale.errors import RunError
+from histoscale.errors import CheckpointError, RunError
 from histoscale.observe.alarms import CollapseAlarm
 from histoscale.observe.metrics import MetricsWriter
 from histoscale.storage import open_store
@@ -26,7 +27,11 @@ from histoscale.train.trainer import Trainer, build_trainer
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """Everything that a worker needs to know, the same for each of them."""
+    """Everything that a worker needs to know, the same for each of them.
+
+    Attributes:
+        committed_step: The step that the driver has planned from.
+    """
 
     recipe: Recipe
     run_uri: str
@@ -34,6 +39,7 @@ class WorkerSpec:
     feed: FeedSpec
     feed_master: FeedMasterHandle
     control: ControlHandle
+    committed_step: int
 
 
 def train_worker(config: dict[str, WorkerSpec]) -> None:
@@ -45,6 +51,7 @@ def train_worker(config: dict[str, WorkerSpec]) -> None:
     device = get_device() if spec.device == "cuda" else torch.device("cpu")
     trainer = build_trainer(spec.recipe, device, open_store(spec.run_uri))
     start = trainer.resume()
+    _require_planned(spec, start)
     attempt = on_first_rank(lambda: secrets.token_hex(8))
     pulse = Pulse(spec.control, attempt, rank)
     feed = RankFeed(spec.feed, RankShare(spec.feed_master, attempt, rank, workers), start)
@@ -58,12 +65,24 @@ def train_worker(config: dict[str, WorkerSpec]) -> None:
         pulse.stop()
 
 
+def _require_planned(spec: WorkerSpec, start: int) -> None:
+    """Refuse steps that come before those of the driver's plan, in which slides may have been withdrawn since."""
+    if start < spec.committed_step:
+        raise CheckpointError(
+            f"the checkpoint of step {spec.committed_step} of {spec.run_uri} is corrupt and was left out",
+            value=f"step {start}",
+            expected=f"step {spec.committed_step}",
+            remedy="run the same command again, which goes on from the one before",
+        )
+
+
 def _follow(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> None:
     for step in range(start, spec.recipe.steps):
         micro_batches = feed.micro_batches(step)
         _tell_faults(spec, micro_batches)
         metrics = trainer.step(step, micro_batches)
-        if _commit_if_due(spec.recipe, trainer, step, metrics) and metrics.stop:
+        _commit_if_due(spec.recipe, trainer, step, metrics)
+        if metrics.stop:
             _leave(None)
             return
 
@@ -85,9 +104,9 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
             if committed:
                 writer.publish()
             alarm = collapse.update(metrics.images_seen, metrics.mean_cosine)
-            note = alarm or ("checkpoint committed" if committed else "")
+            note = alarm or (f"checkpoint committed, of step {committed.step}" if committed else "")
             line.tell(_progress(spec.recipe, step, metrics, timing, note))
-            if committed and metrics.stop:
+            if metrics.stop:
                 _leave(line.wish)
                 return
     finally:
@@ -120,12 +139,14 @@ def _require_the_run(line: ControlLine, run_uri: str) -> None:
         )
 
 
-def _commit_if_due(recipe: Recipe, trainer: Trainer, step: int, metrics: StepMetrics) -> bool:
+def _commit_if_due(recipe: Recipe, trainer: Trainer, step: int, metrics: StepMetrics) -> Commit | None:
+    """Move on with checkpoints after a step; answers the commit that has come to be, if one has."""
     done = step + 1
-    due = done % recipe.checkpoint.every_steps == 0 or done == recipe.steps or metrics.stop
-    if due:
-        trainer.save(done)
-    return due
+    if done == recipe.steps or metrics.stop:
+        return trainer.save(done)
+    if done % recipe.checkpoint.every_steps == 0:
+        return trainer.begin_save(done)
+    return trainer.settle(wait=False)
 
 
 def _progress(recipe: Recipe, step: int, metrics: StepMetrics, timing: dict[str, float], note: str) -> Progress:

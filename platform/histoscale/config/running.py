@@ -8,10 +8,12 @@ from histoscale.config.section import Count, NonNegative, Positive, Probability,
 
 
 class CheckpointSection(Section):
-    """When the run is committed, and how many commits are kept."""
+    """When the run is committed, which commits are kept, and what is borne."""
 
     every_steps: Count = 1000
     keep_last: Count = 3
+    keep_every_steps: Count | None = None  # commits of its multiples stay for ever
+    max_failed: Count = 3  # checkpoints in a row that could not be written
 
 
 class StreamSection(Section):

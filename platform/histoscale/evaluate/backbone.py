@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from histoscale.checkpoint.manifest import Commit
-from histoscale.checkpoint.reader import latest_commit, load_teacher_backbone, require_recipe
+from histoscale.checkpoint.reader import load_teacher_backbone, read_newest, require_recipe
 from histoscale.config.archs import ARCHS
 from histoscale.config.decode import fingerprint
 from histoscale.config.recipe import Recipe
@@ -13,20 +13,25 @@ from histoscale.storage import Store
 
 
 def trained_backbone(run_store: Store, recipe: Recipe) -> tuple[VisionTransformer, Commit]:
-    """Backbone of the EMA teacher at the newest commit of a run, in fp32 on the CPU, and that commit.
+    """Backbone of the EMA teacher at the newest commit of a run that is whole, in fp32 on the CPU, and that commit.
 
     Raises:
-        CheckpointError: The run has no commit, or its newest one is damaged or of another network.
+        CheckpointError: The run has no commit, or none that is whole, or it is of another network.
     """
-    commit = latest_commit(run_store)
-    if commit is None:
+
+    def read(commit: Commit) -> dict[str, Tensor]:
+        require_recipe(commit, fingerprint(recipe))
+        return load_teacher_backbone(run_store, commit)
+
+    found = read_newest(run_store, read)
+    if found is None:
         raise CheckpointError(
             f"run {run_store.uri} has no checkpoint yet",
             expected="one commit or more",
             remedy="run jobs/pretrain.py until it says that a checkpoint is committed",
         )
-    require_recipe(commit, fingerprint(recipe))
-    return _backbone(recipe, load_teacher_backbone(run_store, commit)), commit
+    weights, commit = found
+    return _backbone(recipe, weights), commit
 
 
 def initial_backbone(recipe: Recipe) -> VisionTransformer:

@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -74,11 +74,16 @@ class LocalStore:
 
     def put(self, key: str, data: bytes) -> None:
         """Write to a temporary file, flush it to the disk and rename it."""
+        self.put_parts(key, [memoryview(data)])
+
+    def put_parts(self, key: str, parts: Sequence[memoryview]) -> None:
+        """As `put`, one part after the other."""
         path = self._path(key)
         with self._diagnosed(key):
             self._make_parents(path)
             with atomic_file(path, self._file_mode) as file:
-                file.write(data)
+                for part in parts:
+                    file.write(part)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write unless the file exists; on a file system without hard links, a crash can leave a part of it."""

@@ -19,6 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, Inc
 
 from histoscale.errors import StorageError
 from histoscale.storage import s3_errors
+from histoscale.storage.joined import joined
 from histoscale.storage.local import atomic_file, diagnosed_files
 from histoscale.storage.store import (
     ObjectInfo,
@@ -99,6 +100,14 @@ class S3Store:
         name = self._name(key)
         try:
             self._s3().put_object(Bucket=self._bucket, Key=name, Body=data)
+        except (ClientError, BotoCoreError) as error:
+            raise self._diagnosis(error, key) from self._cause(error)
+
+    def put_parts(self, key: str, parts: Sequence[memoryview]) -> None:
+        """Write or replace an object straight from memory, several pieces at once where it is large."""
+        name = self._name(key)
+        try:
+            self._s3().upload_fileobj(joined(parts), self._bucket, name, Config=_TRANSFER)
         except (ClientError, BotoCoreError) as error:
             raise self._diagnosis(error, key) from self._cause(error)
 

@@ -1,7 +1,7 @@
 """What every store of objects can do, and the URIs that name one."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -56,6 +56,10 @@ class Store(Protocol):
 
     def put(self, key: str, data: bytes) -> None:
         """Write or replace an object; no reader ever sees a part of it."""
+        ...
+
+    def put_parts(self, key: str, parts: Sequence[memoryview]) -> None:
+        """As `put`, of data of any size that lie in several places; they must not change meanwhile."""
         ...
 
     def put_if_absent(self, key: str, data: bytes) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from histoscale.checkpoint.manifest import Commit
 from histoscale.config.decode import differences
 from histoscale.config.recipe import Recipe
 from histoscale.errors import RecipeError, TrainingError
@@ -93,6 +94,24 @@ class StudentGroup:
             trainer.update(step, micro_batches, prepared, stop_requested) if trainer in due else None
             for trainer in self.trainers
         ]
+
+    def begin_save(self, step: int) -> None:
+        """Let every student that has taken so many steps and no more be committed beside the next steps.
+
+        Raises:
+            StorageError: See `Trainer.settle`.
+        """
+        for trainer in self.trainers:
+            if trainer.next_step == step:
+                trainer.begin_save(step)
+
+    def settle(self, *, wait: bool) -> list[Commit | None]:
+        """Move on with the students' checkpoints in flight; see `Trainer.settle`.
+
+        Raises:
+            StorageError: That of a student failed, as the last of too many in a row.
+        """
+        return [trainer.settle(wait=wait) for trainer in self.trainers]
 
     def save(self, step: int) -> None:
         """Commit every student that has taken so many steps and no more.

@@ -3,10 +3,15 @@
 trainer = build_trainer(recipe, device, store)
 for step in range(trainer.resume(), recipe.steps):
     metrics = trainer.step(step, micro_batches)
+    committed = trainer.settle(wait=False)
+    if (step + 1) % recipe.checkpoint.every_steps == 0:
+        committed = trainer.begin_save(step + 1) or committed
 trainer.save(recipe.steps)
 """
 
+import logging
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from histoscale.checkpoint.capture import CapturedBatch, capture_failure
-from histoscale.checkpoint.collective import on_first_rank
+from histoscale.checkpoint.collective import on_every_rank, on_first_rank
 from histoscale.checkpoint.fragments import (
     CENTER_PREFIX,
     EMA,
@@ -28,12 +33,13 @@ from histoscale.checkpoint.fragments import (
     refresh_parameters,
 )
 from histoscale.checkpoint.ledger import StepRecord, runs_of
-from histoscale.checkpoint.manifest import Commit
-from histoscale.checkpoint.reader import discard_after, latest_commit, load_into, require_recipe, require_teacher
-from histoscale.checkpoint.writer import Snapshot, write_checkpoint
+from histoscale.checkpoint.manifest import Commit, CorruptCheckpoint
+from histoscale.checkpoint.reader import commit_before, latest_commit, load_into, require_recipe, require_teacher
+from histoscale.checkpoint.retention import Retention, discard_after
+from histoscale.checkpoint.writer import CheckpointWriter, Snapshot
 from histoscale.config.decode import fingerprint
 from histoscale.config.recipe import Recipe
-from histoscale.errors import NonFiniteError, TrainingError
+from histoscale.errors import NonFiniteError, StorageError, TrainingError
 from histoscale.models.ssl import build_ssl_net, empty_ssl_net
 from histoscale.storage.store import Store
 from histoscale.train.distill import FrozenTeacher, load_frozen_teacher
@@ -41,6 +47,8 @@ from histoscale.train.engine import StudentEngine
 from histoscale.train.objective import Objective, PrototypeObjective
 from histoscale.train.step import MicroBatch, Prepared, StepMetrics, TrainStep, all_reduce
 from histoscale.train.teacher import Average, EMATeacher
+
+_log = logging.getLogger(__name__)
 
 
 def build_trainer(recipe: Recipe, device: torch.device, store: Store) -> "Trainer":
@@ -102,6 +110,8 @@ class Trainer:
         self._next_step = 0
         self._last_commit: Commit | None = None
         self._records: list[StepRecord] = []
+        retention = Retention(recipe.checkpoint.keep_last, recipe.checkpoint.keep_every_steps)
+        self._writer = CheckpointWriter(store, retention, recipe.checkpoint.max_failed)
 
     @property
     def next_step(self) -> int:
@@ -109,14 +119,18 @@ class Trainer:
         return self._next_step
 
     def resume(self) -> int:
-        """Load the newest commit, if there is one; returns the step to go on with.
+        """Load the newest commit that is not corrupt, if there is one; returns the step to go on with.
+
+        What claims to be later than it is discarded.
 
         Raises:
             CheckpointError: No commit is whole, or it belongs to another recipe or another frozen teacher.
         """
-        commit = on_first_rank(self._newest_commit)
-        if commit is not None:
-            self.restore(commit)
+        commit = on_first_rank(lambda: latest_commit(self._store))
+        while commit is not None and (problem := self._problem_with(commit)) is not None:
+            commit = on_first_rank(partial(commit_before, self._store, commit, problem))
+        step = commit.step if commit else 0
+        on_first_rank(lambda: discard_after(self._store, step))
         self._last_commit = commit
         return self._next_step
 
@@ -124,11 +138,13 @@ class Trainer:
         """Take over the state of a commit or of a capture, whatever world size wrote it (collective).
 
         Raises:
-            CheckpointError: It is corrupt, of another network or of a student of another frozen teacher.
+            CorruptCheckpoint: A file is missing or corrupt; raised on every rank.
+            CheckpointError: It is of another network or of a student of another frozen teacher.
         """
         require_teacher(state, self._frozen_teacher)
         materialise_moments(self.student.deepspeed, state.step)
-        load_into(self._store, state, self._state() | self._centers(()), self._shapes)
+        targets = self._state() | self._centers(())
+        on_every_rank(lambda: load_into(self._store, state, targets, self._shapes))
         refresh_parameters(self.student.deepspeed)
         self.teacher.publish()
         self._next_step = state.step
@@ -169,38 +185,84 @@ class Trainer:
         self._next_step = step + 1
         return metrics
 
+    def begin_save(self, step: int) -> Commit | None:
+        """Copy the state after `step` steps to host memory and let it be committed beside the next steps.
+
+        Waits for the checkpoint in flight, if there is one; answers its commit.
+
+        Raises:
+            TrainingError: So many steps have not been taken.
+            StorageError: See `settle`.
+        """
+        self._require_at(step)
+        committed = self.settle(wait=True)
+        if self._last_commit is None or self._last_commit.step != step:
+            self._writer.begin(self._snapshot(step))
+        return committed
+
+    def settle(self, *, wait: bool) -> Commit | None:
+        """Move on with the checkpoint in flight; answers its commit once, as soon as it is there.
+
+        A checkpoint that could not be written is told of in the log: the next one takes its place, and holds the
+        ledger of its steps too.
+
+        Args:
+            wait: Until it is committed or has failed, instead of looking how far it is.
+
+        Raises:
+            StorageError: It failed, as the last of `checkpoint.max_failed` in a row; the same on every rank.
+        """
+        commit = self._writer.settle(wait=wait)
+        if commit is not None:
+            self._note(commit)
+        return commit
+
     def save(self, step: int) -> Commit:
-        """Commit the state after `step` steps; the commit that exists is returned when it is of this step.
+        """Commit the state after `step` steps and wait; the commit that exists is returned when it is of this step.
 
         Raises:
             TrainingError: So many steps have not been taken.
             StorageError: Something could not be written; nothing is committed.
         """
+        self.begin_save(step)
+        if self._last_commit is not None and self._last_commit.step == step:
+            return self._last_commit
+        commit = self._writer.finish()
+        self._note(commit)
+        return commit
+
+    def _require_at(self, step: int) -> None:
         if step != self._next_step or step == 0:
             raise TrainingError(
                 "a checkpoint is asked for at another step than the trainer's",
                 value=step,
                 expected=f"step {self._next_step}, after at least one step",
             )
-        if self._last_commit is None or self._last_commit.step != step:
-            self._last_commit = write_checkpoint(self._store, self._snapshot(step), self._recipe.checkpoint.keep_last)
-            self._records.clear()
-        return self._last_commit
+
+    def _note(self, commit: Commit) -> None:
+        """Take note of a commit: what its ledger holds belongs to the next one no more."""
+        self._last_commit = commit
+        self._records = [record for record in self._records if record.step >= commit.step]
 
     def _captured(self, failure: NonFiniteError, used: Sequence[MicroBatch]) -> NonFiniteError:
         """The failure, with the place of a capture of the step (collective)."""
         if self._next_step == 0:
             materialise_moments(self.student.deepspeed, 0)
+        try:
+            self.settle(wait=True)  # steps that went well before this one
+        except StorageError as error:
+            _log.warning("%s", error)
         batches = [CapturedBatch.of(each.replica, each.sample_ids, each.tiles, each.faults) for each in used]
         return capture_failure(self._store, self._snapshot(self._next_step), batches, failure)
 
-    def _newest_commit(self) -> Commit | None:
-        commit = latest_commit(self._store)
-        if commit is not None:
-            require_recipe(commit, fingerprint(self._recipe))
-            require_teacher(commit, self._frozen_teacher)
-        discard_after(self._store, commit)
-        return commit
+    def _problem_with(self, commit: Commit) -> CorruptCheckpoint | None:
+        """Restore a commit (collective); answers why that cannot be, the same on every rank."""
+        require_recipe(commit, fingerprint(self._recipe))
+        try:
+            self.restore(commit)
+        except CorruptCheckpoint as problem:
+            return problem
+        return None
 
     def _state(self) -> dict[str, Fragment]:
         """This rank's weights, moments and average, as views."""
