@@ -16,10 +16,12 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from histoscale.checkpoint.parent import Parent
 from histoscale.checkpoint.reader import latest_commit
 from histoscale.cluster.bad_slides import BadSlides
 from histoscale.cluster.control import ControlHandle, Progress, Wish, start_control
 from histoscale.cluster.failures import ElasticTorchTrainer, diagnosis_in
+from histoscale.cluster.fork import ForkSource, origin_of, require_same_parent
 from histoscale.cluster.lease import Lease
 from histoscale.cluster.plan_lines import describe_plan
 from histoscale.cluster.resources import resolve_device, trainer_nodes, wait_for_resources, worker_resources
@@ -53,12 +55,13 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True)
 class PretrainRequest:
-    """One call of the job: what to train, on which slides, into which folder, for whom."""
+    """One call of the job: what to train, on which slides, into which folder, for whom, from which checkpoint."""
 
     recipe: Recipe
     index_uri: str
     run_uri: str
     holder: str
+    fork_from: ForkSource | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ class CheckedRequest:
     """A request whose recipe, index, teacher and run folder fit each other; nothing was written yet.
 
     Attributes:
-        origins: Lines that tell of the frozen teacher and of published weights, where there are such.
+        origins: Lines that tell of the parent of a fork, of the frozen teacher and of published weights, where there
+            are such.
+        parent: The checkpoint that the run begins from, or began from.
     """
 
     request: PretrainRequest
@@ -74,6 +79,7 @@ class CheckedRequest:
     catalogue: Catalogue
     plan: Plan
     origins: tuple[str, ...]
+    parent: Parent | None = None
 
 
 @dataclass(frozen=True)
@@ -89,15 +95,16 @@ def check_request(request: PretrainRequest) -> CheckedRequest:
     """Check what can be checked without a cluster.
 
     Raises:
-        HistoscaleError: The index cannot be read, no slide serves a magnification, the frozen teacher or the published
-            weights cannot be used, or the run folder is another's.
+        HistoscaleError: The index cannot be read, no slide serves a magnification, the parent, the frozen teacher or
+            the published weights cannot be used, or the run folder is another's.
     """
     store = open_store(request.run_uri)
     # A run keeps to the snapshot that it began with, however the index has grown since.
     catalogue = open_catalogue(request.index_uri, recorded_snapshot(store))
     spec = PlanSpec.from_recipe(request.recipe)
     plan = Plan(spec, catalogue.rows, catalogue.columns, catalogue.values, catalogue.mask)
-    checked = CheckedRequest(request, store, catalogue, plan, _origins(request.recipe))
+    parent, lineage = origin_of(request.fork_from, request.recipe, store)
+    checked = CheckedRequest(request, store, catalogue, plan, (*lineage, *_origins(request.recipe)), parent)
     _resumed_recipe(checked)
     return checked
 
@@ -121,6 +128,7 @@ def _resumed_recipe(checked: CheckedRequest) -> Recipe | None:
         return None
     recipe = resolve_precision(checked.request.recipe, stored.precision)
     check_same_experiment(checked.store, recipe, stored, checked.catalogue.snapshot_id)
+    require_same_parent(checked.store, checked.request.fork_from)
     return recipe
 
 
@@ -146,7 +154,7 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
         wait_for_resources(request.recipe.cluster, device, tell)
         if recipe is None:
             recipe = resolve_precision(request.recipe, DEFAULT_PRECISION[device])
-            start_run(store, recipe, request.index_uri, catalogue.snapshot_id, checked.origins)
+            start_run(store, recipe, request.index_uri, catalogue.snapshot_id, checked.origins, checked.parent)
         quarantine = commit.quarantine if commit else ()
         feed = _feed(checked, recipe, start, quarantine, device)
         tell(f"plan {checked.plan.fingerprint(catalogue.snapshot_id)} over snapshot {catalogue.snapshot_id}")

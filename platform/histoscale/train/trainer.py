@@ -29,6 +29,7 @@ from histoscale.checkpoint.fragments import (
 )
 from histoscale.checkpoint.ledger import StepRecord, runs_of
 from histoscale.checkpoint.manifest import Commit
+from histoscale.checkpoint.parent import read_parent
 from histoscale.checkpoint.reader import discard_after, latest_commit, load_into, require_recipe, require_teacher
 from histoscale.checkpoint.writer import Snapshot, write_checkpoint
 from histoscale.config.decode import fingerprint
@@ -38,6 +39,7 @@ from histoscale.models.ssl import build_ssl_net, empty_ssl_net
 from histoscale.storage.store import Store
 from histoscale.train.distill import FrozenTeacher, load_frozen_teacher
 from histoscale.train.engine import StudentEngine
+from histoscale.train.fork import load_parent
 from histoscale.train.objective import Objective, PrototypeObjective
 from histoscale.train.step import MicroBatch, Prepared, StepMetrics, TrainStep, all_reduce
 from histoscale.train.teacher import Average, EMATeacher
@@ -100,6 +102,8 @@ class Trainer:
         centers = {CENTER_PREFIX + name: tuple(center.shape) for name, center in objective.centers.items()}
         self._shapes = parameter_shapes(student.deepspeed) | centers
         self._next_step = 0
+        self._parent = on_first_rank(lambda: read_parent(store))
+        self._earlier_updates = self._parent.updates if self._parent else 0
         self._last_commit: Commit | None = None
         self._records: list[StepRecord] = []
 
@@ -109,14 +113,19 @@ class Trainer:
         return self._next_step
 
     def resume(self) -> int:
-        """Load the newest commit, if there is one; returns the step to go on with.
+        """Load the newest commit, or where there is none the parent of a fork; returns the step to go on with.
 
         Raises:
-            CheckpointError: No commit is whole, or it belongs to another recipe or another frozen teacher.
+            CheckpointError: No commit is whole, or it belongs to another recipe or another frozen teacher; or the
+                parent's checkpoint is gone.
         """
         commit = on_first_rank(self._newest_commit)
         if commit is not None:
             self.restore(commit)
+        elif self._parent is not None:
+            materialise_moments(self.student.deepspeed, self._earlier_updates)
+            load_parent(self._parent, self._state() | self._centers(()), self._shapes, self._recipe)
+            self._publish()
         self._last_commit = commit
         return self._next_step
 
@@ -127,10 +136,9 @@ class Trainer:
             CheckpointError: It is corrupt, of another network or of a student of another frozen teacher.
         """
         require_teacher(state, self._frozen_teacher)
-        materialise_moments(self.student.deepspeed, state.step)
+        materialise_moments(self.student.deepspeed, self._earlier_updates + state.step)
         load_into(self._store, state, self._state() | self._centers(()), self._shapes)
-        refresh_parameters(self.student.deepspeed)
-        self.teacher.publish()
+        self._publish()
         self._next_step = state.step
 
     def step(self, step: int, micro_batches: Sequence[MicroBatch | None], stop_requested: bool = False) -> StepMetrics:
@@ -189,10 +197,15 @@ class Trainer:
 
     def _captured(self, failure: NonFiniteError, used: Sequence[MicroBatch]) -> NonFiniteError:
         """The failure, with the place of a capture of the step (collective)."""
-        if self._next_step == 0:
+        if self._earlier_updates + self._next_step == 0:
             materialise_moments(self.student.deepspeed, 0)
         batches = [CapturedBatch.of(each.replica, each.sample_ids, each.tiles, each.faults) for each in used]
         return capture_failure(self._store, self._snapshot(self._next_step), batches, failure)
+
+    def _publish(self) -> None:
+        """Let student and teacher compute with the state that was read (collective)."""
+        refresh_parameters(self.student.deepspeed)
+        self.teacher.publish()
 
     def _newest_commit(self) -> Commit | None:
         commit = latest_commit(self._store)
