@@ -1,5 +1,6 @@
 """The wire between a run's driver and its workers: a stop that is asked for, and the progress that is shown."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -50,6 +51,7 @@ class RunControl:
         self._wish = Wish.GO_ON
         self._progress: list[Progress] = []
         self._faults: list[Fault] = []
+        self._last: tuple[int, float] | None = None
 
     def want(self, wish: Wish) -> None:
         """The driver's wish, which rank 0 learns with the answer to its next message."""
@@ -58,11 +60,16 @@ class RunControl:
     def tell(self, progress: Progress) -> Wish:
         """Take note of progress; answers with the driver's wish."""
         self._progress.append(progress)
+        self._last = progress.step, time.monotonic()
         return self._wish
 
     def tell_faults(self, faults: Sequence[Fault]) -> None:
         """Take note of attempts that the content refused."""
         self._faults.extend(faults)
+
+    def last_step(self) -> tuple[int, float] | None:
+        """Steps done when progress was last told, and the seconds since then; None before the first."""
+        return (self._last[0], time.monotonic() - self._last[1]) if self._last else None
 
     def drain(self) -> Told:
         """What was told since the last call."""

@@ -39,6 +39,7 @@ from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import Recipe
 from histoscale.errors import RunError
 from histoscale.models.published import describe_published, load_published
+from histoscale.observe.timeline import Event, Kind, Timeline
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
 from histoscale.slides.catalogue import Catalogue, open_catalogue
@@ -166,13 +167,30 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
             tell(f"memory: {_memory(recipe, device).line()}")
         tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
         bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
-        _run_to_the_end(store, recipe, device, feed, _Watched(lease, bad_slides, tell))
+        with _recorded(store, recipe, start):
+            _run_to_the_end(store, recipe, device, feed, _Watched(lease, bad_slides, tell))
         for line in bad_slides.summary():
             tell(line)
         if bad_slides.error is not None:
             raise bad_slides.error
         step = _committed_step(store)
         return PretrainOutcome(step, recipe.steps, stopped=step < recipe.steps)
+
+
+@contextlib.contextmanager
+def _recorded(store: Store, recipe: Recipe, start: int) -> Iterator[None]:
+    """Tell the timeline of the run when a job takes it and lets go of it."""
+    timeline, workers = Timeline(store), recipe.cluster.workers
+    timeline.tell(Event(Kind.START, time.time(), start, workers))
+    step, reason = start, "the job failed"
+    try:
+        yield
+        step = _committed_step(store)
+        reason = "complete" if step >= recipe.steps else "asked to stop"
+    finally:
+        kind = Kind.END if step >= recipe.steps else Kind.STOP
+        timeline.tell(Event(kind, time.time(), step, workers, reason))
+        timeline.close()
 
 
 def _memory(recipe: Recipe, device: str) -> MemoryForecast:
