@@ -135,4 +135,5 @@ class Inverse:
         order = np.argsort(order_keys, axis=1, kind="stable")
         slot = np.argmax(order == row[:, None], axis=1)
         steps = group[:, None] * turns + np.arange(turns)
-        return ((steps * spec.replicas + replica[:, None]) * b + slot[:, None]).reshape(-1)
+        samples: NDArray[np.int64] = (steps * spec.replicas + replica[:, None]) * b + slot[:, None]
+        return samples.reshape(-1)
