@@ -26,7 +26,7 @@ def longer(stage: int, **crops: int) -> Recipe:
     values = tiny_recipe(zero_stage=stage).model_dump()
     values["schedule"] |= {"images": 20 * TILES_PER_STEP}
     values["crops"] |= crops
-    values["data"] |= {"region_px": 98}
+    values["data"] |= {"region_px": 66}
     return Recipe.model_validate(values)
 
 
