@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,11 +19,14 @@ from histoscale.checkpoint.parent import PARENT_KEY, Parent, open_parent, read_p
 from histoscale.checkpoint.reader import commit_at, latest_commit
 from histoscale.checkpoint.writer import Snapshot, write_checkpoint
 from histoscale.cluster.fork import ForkSource, find_parent, fork_source, origin_of, require_same_parent
+from histoscale.cluster.pretrain import PretrainRequest, check_request
 from histoscale.cluster.run_folder import read_run, recorded_origins, start_run
-from histoscale.config.decode import decode_recipe, fingerprint
+from histoscale.config.decode import decode_recipe, fingerprint, load_recipe
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, ClusterError, RecipeError, RunError
-from histoscale.storage import Store, open_store
+from histoscale.slides.index import make_index, write_index
+from histoscale.slides.records import SlideLocation, SlideRecord
+from histoscale.storage import ObjectInfo, Store, open_store
 from histoscale.train.fork import POSITIONS, load_parent, misfits, shapes_of
 
 KINDS = (MASTER, EMA, *MOMENTS)
@@ -272,6 +276,34 @@ def test_a_position_embedding_of_another_length_is_resampled_and_its_moments_are
     for name in shapes.keys() - {POSITIONS}:
         for kind in KINDS:
             assert torch.equal(targets[name].tensors[kind], state[name][kind].flatten()), (name, kind)
+
+
+def test_the_high_resolution_phase_is_a_fork_of_the_run_that_it_goes_on_from() -> None:
+    recipes = Path(__file__).parents[2] / "jobs" / "recipes"
+    large = load_recipe(recipes / "highres_post.yaml", ["model.weights=null"])
+    run = load_recipe(recipes / "virchow2.yaml")
+    assert (run.crops.global_px, large.crops.global_px) == (224, 392)
+    assert misfits(shapes_of(run), shapes_of(large)) == []
+
+
+def test_a_job_is_checked_against_its_parent_before_it_starts(parent_run: Store, new_run: Store) -> None:
+    record = SlideRecord("0" * 32, "aperio", 4096, 4096, 0.5, "vendor", 9, (1.0, 4.0), np.ones((256, 256), bool), 16.0)
+    index = open_store(f"{new_run.uri}-index")
+    objects = (ObjectInfo("slide.svs", 9, "x"),)
+    write_index(index, make_index([record], []), {record.slide_id: SlideLocation("/slides", objects, None)})
+    source = ForkSource(parent_run.uri, None)
+    recipe = recipe_of(data={"mix": [{"mpp": 0.5, "share": 1}]})
+    checked = check_request(PretrainRequest(recipe, index.uri, new_run.uri, "job", source))
+    assert checked.parent is not None
+    assert checked.origins == (checked.parent.line(), "weights: /w.pth")
+    assert list(new_run.list()) == []
+    other = recipe_of(data={"mix": [{"mpp": 0.5, "share": 1}]}, heads={"hidden_dim": 9})
+    with pytest.raises(RecipeError, match=r"heads\.hidden_dim: 9 != 8"):
+        check_request(PretrainRequest(other, index.uri, new_run.uri, "job", source))
+    start_run(new_run, recipe, index.uri, checked.catalogue.snapshot_id, checked.origins, checked.parent)
+    assert check_request(PretrainRequest(recipe, index.uri, new_run.uri, "job")).parent == checked.parent
+    with pytest.raises(RunError, match="was not forked from there"):
+        check_request(PretrainRequest(recipe, index.uri, new_run.uri, "job", ForkSource(parent_run.uri, 9)))
 
 
 @pytest.mark.parametrize("ours", [False, True])
