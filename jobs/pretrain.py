@@ -4,8 +4,9 @@ r"""Pretrain a backbone on the slides of an index; running the same command agai
         python jobs/pretrain.py --recipe jobs/recipes/quickstart.yaml --index INDEX --out RUN [--set model.arch=vit_s14]
 
 INDEX is the --out of jobs/index.py. RUN is a folder or an s3:// prefix that will hold the resolved recipe, the
-checkpoints, the ledger and the TensorBoard events. Exit status: 0 when the run is complete or was stopped with a
-committed checkpoint, 2 with a one-line diagnosis as the last line.
+checkpoints, the ledger and the TensorBoard events. --fork-from OTHER[@STEP] begins a new run from a checkpoint of
+another one, under any recipe with the same network; see docs/guides/fork.md. Exit status: 0 when the run is complete
+or was stopped with a committed checkpoint, 2 with a one-line diagnosis as the last line.
 """
 
 import argparse
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("--recipe", required=True, help="a YAML file; jobs/recipes has examples")
     parser.add_argument("--index", required=True, help="the index of the slides (a folder or an s3:// prefix)")
     parser.add_argument("--out", required=True, metavar="RUN", help="the run folder (a folder or an s3:// prefix)")
+    parser.add_argument("--fork-from", metavar="OTHER[@STEP]", help="begin from a checkpoint of another run")
     parser.add_argument(
         "--set",
         action="append",
@@ -28,6 +30,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
+    from histoscale.cluster.fork import fork_source
     from histoscale.cluster.pretrain import PretrainRequest, check_request, pretrain
     from histoscale.config.decode import load_recipe
 
@@ -36,6 +39,7 @@ def main() -> None:
         index_uri=location(arguments.index, "--index"),
         run_uri=location(arguments.out, "--out"),
         holder=job_name(),
+        fork_from=fork_source(arguments.fork_from) if arguments.fork_from else None,
     )
     checked = check_request(request)
     connect()

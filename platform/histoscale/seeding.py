@@ -48,6 +48,13 @@ def uniforms(draw_key: int, ids: NDArray[np.int64], count: int) -> NDArray[np.fl
     return (words_NC >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def uniforms_below(keys: NDArray[np.uint64], number: int, count: int) -> NDArray[np.float64]:
+    """The row of `uniforms(key, [number], count)` for each of N keys: float64 [N, count]."""
+    rows_N1 = _mix(np.uint64(number) ^ keys)[:, None]
+    words_NC = _mix(rows_N1 + np.arange(1, count + 1, dtype=np.uint64)[None, :] * _GAMMA)
+    return (words_NC >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def permute(draw_key: int, index: int, length: int) -> int:
     """Where a keyed permutation of `range(length)` sends `index`: O(1), no table; `length` up to 2**48.
 
@@ -80,6 +87,20 @@ def permute_many(keys: NDArray[np.uint64], indices: NDArray[np.int64], lengths: 
     return values.astype(np.int64)
 
 
+def unpermute_many(
+    keys: NDArray[np.uint64], values: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The indices that `permute_many` sends to N values: int64 [N]."""
+    ranges = lengths.astype(np.uint64)
+    widths = np.ceil(np.sqrt(lengths)).astype(np.uint64)
+    heights = (ranges + widths - _ONE) // widths
+    rotations = _mix(keys + np.uint64(_round(_FEISTEL_ROUNDS))) >> _ONE
+    before = _back_through_feistel(keys, values.astype(np.uint64), widths, heights)
+    while (beyond := np.flatnonzero(before >= ranges)).size:
+        before[beyond] = _back_through_feistel(keys[beyond], before[beyond], widths[beyond], heights[beyond])
+    return ((before + ranges - rotations % ranges) % ranges).astype(np.int64)
+
+
 def _through_feistel(
     keys: NDArray[np.uint64], values: NDArray[np.uint64], widths: NDArray[np.uint64], heights: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
@@ -88,6 +109,16 @@ def _through_feistel(
         # Half a word: a sum that wrapped around would not be a bijection.
         left = (left + (_mix(keys + np.uint64(_round(turn)) ^ right) >> _ONE)) % widths
         right = (right + (_mix(keys + np.uint64(_round(turn + 1)) ^ left) >> _ONE)) % heights
+    return left * heights + right
+
+
+def _back_through_feistel(
+    keys: NDArray[np.uint64], values: NDArray[np.uint64], widths: NDArray[np.uint64], heights: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    left, right = np.divmod(values, heights)
+    for turn in reversed(range(0, _FEISTEL_ROUNDS, 2)):
+        right = (right + heights - (_mix(keys + np.uint64(_round(turn + 1)) ^ left) >> _ONE) % heights) % heights
+        left = (left + widths - (_mix(keys + np.uint64(_round(turn)) ^ right) >> _ONE) % widths) % widths
     return left * heights + right
 
 

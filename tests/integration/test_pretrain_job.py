@@ -13,6 +13,8 @@ from histoscale.checkpoint.ledger import read_history
 from histoscale.checkpoint.reader import latest_commit
 from histoscale.cluster.lease import Lease
 from histoscale.cluster.local import HeadSize, LocalHead
+from histoscale.observe.timeline import Kind, read_events
+from histoscale.slides.catalogue import open_catalogue
 from histoscale.slides.synthetic import make_slides
 from histoscale.storage import open_store
 
@@ -118,6 +120,41 @@ def test_a_dead_driver_is_succeeded(head: LocalHead, index: Path, killed_run: Pa
     assert not (run / "lease.json").exists()
 
 
+def test_a_fork_begins_from_a_checkpoint_under_another_recipe(
+    head: LocalHead, index: Path, killed_run: Path, tmp_path: Path
+) -> None:
+    run, shorter = tmp_path / "fork", ["--set", "schedule.images=64", "--set", "cluster.workers=1"]
+    text = run_to_the_end(head, command(index, run, *shorter, "--fork-from", f"{killed_run}@100"))
+    assert f"forked from {killed_run} at step 100" in text
+    assert "starting at step 0 of 4" in text
+    assert "complete: 4 steps" in text
+    assert json.loads((run / "parent.json").read_text())["updates"] == 100
+    assert json.loads((run / "origins.json").read_text())[0].startswith(f"forked from {killed_run} at step 100")
+    kinds = [event.kind for event in read_events(open_store(run))]
+    assert kinds == [Kind.START, Kind.RESUME, Kind.COMMIT, Kind.END]
+    done = run_directly("pretrain.py", *command(index, run, *shorter, "--fork-from", f"{killed_run}@120")[2:])
+    assert done.returncode == 2, done.stderr
+    assert "was not forked from there" in done.stderr.splitlines()[-1]
+
+
+def test_the_report_tells_of_the_restart_and_of_every_tile_of_every_slide(index: Path, killed_run: Path) -> None:
+    done = run_directly("report.py", "--run", str(killed_run))
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"^{STEPS} committed steps, goodput [1-9]", done.stdout)
+    assert "1 restarts" in done.stdout
+    assert "<svg" in (killed_run / "report.html").read_text()
+    scalars = json.loads((killed_run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0.0 < scalars["progress/goodput"] <= 1.0
+    tiles = 0
+    for row in range(len(catalogue := open_catalogue(str(index)))):
+        done = run_directly("report.py", "--run", str(killed_run), "--slide", catalogue.slide_id(row))
+        assert done.returncode == 0, done.stderr
+        tiles += int(re.search(r": ([\d,]+) tiles in", done.stdout)[1].replace(",", ""))  # type: ignore[index]
+        assert f"checkpoint of step {STEPS}: has seen it" in done.stdout
+    assert tiles == STEPS * TILES
+    assert run_directly("report.py", "--run", str(killed_run), "--slide", "0" * 32).returncode == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "diagnosis"),
     [
@@ -126,6 +163,7 @@ def test_a_dead_driver_is_succeeded(head: LocalHead, index: Path, killed_run: Pa
         (["--set", "data.mix=[{mpp: 0.06, share: 1}]"], r"no slide serves 0.06 um/px"),
         (["--set", "seed=1", "--out", "KILLED"], r"was started with another recipe .*seed: 1 != 0"),
         (["--index", "/nowhere"], r"/nowhere"),
+        (["--fork-from", "KILLED", "--set", "heads.dino_prototypes=65"], r"heads.dino_prototypes: 65 != 64"),
         (["--recipe", "/nowhere.yaml"], r"recipe /nowhere.yaml cannot be read"),
     ],
 )

@@ -1,6 +1,7 @@
 """What the driver, the workers and the controller of a run tell each other; no actor, and a clock by hand."""
 
-from histoscale.cluster.control import Member, Progress, RunControl, Wish
+from histoscale.cluster.control import Member, News, Progress, RunControl, Wish
+from histoscale.observe.timeline import Kind
 
 SILENCE_S = 60.0
 
@@ -38,15 +39,16 @@ def test_the_wish_is_the_answer_to_the_next_step() -> None:
 
 def test_a_restart_is_asked_for_once_and_told_with_its_reason() -> None:
     control, _ = running()
-    control.ask_restart("a node is taken away")
-    control.ask_restart("two workers more")
+    control.ask_restart(Kind.PREEMPTION_NOTICE, "a node is taken away")
+    control.ask_restart(Kind.RESIZE, "two workers more")
     assert control.tell(progress(1)) is Wish.COMMIT_AND_RESTART
-    assert control.drain(SILENCE_S).news == ["the workers commit and start again: a node is taken away"]
+    text = "the workers commit and start again: a node is taken away"
+    assert control.drain(SILENCE_S).news == [News(text, Kind.PREEMPTION_NOTICE, 0, 2, text)]
 
 
 def test_a_stop_goes_before_a_restart() -> None:
     control, _ = running()
-    control.ask_restart("two workers more")
+    control.ask_restart(Kind.RESIZE, "two workers more")
     control.want(Wish.COMMIT_AND_STOP)
     assert control.tell(progress(1)) is Wish.COMMIT_AND_STOP
 
@@ -54,13 +56,15 @@ def test_a_stop_goes_before_a_restart() -> None:
 def test_the_next_attempt_goes_on_and_its_restart_is_measured() -> None:
     control, clock = running()
     control.tell(progress(5))
-    control.ask_restart("two workers more")
-    assert control.over("") == 5
+    control.ask_restart(Kind.RESIZE, "two workers more")
+    assert control.over(Kind.RESTART, "") == 5
     clock.now_s = 12.0
     control.enlist("second", member(0))
-    control.drain(SILENCE_S)
+    (asked, over) = control.drain(SILENCE_S).news
+    assert (asked.kind, over) == (None, News("", Kind.RESIZE, 5, 2, "two workers more"))
     assert control.tell(progress(4)) is Wish.GO_ON
-    assert control.drain(SILENCE_S).news == ["restarted on 1 workers in 12 s, 2 steps done again"]
+    (restarted,) = control.drain(SILENCE_S).news
+    assert restarted.text == "restarted on 1 workers in 12 s, 2 steps done again"
     outlook = control.outlook()
     assert outlook is not None
     assert (outlook.workers, outlook.step, outlook.steps, outlook.restart_s) == (1, 4, 100, 12.0)
@@ -79,10 +83,10 @@ def test_before_the_first_restart_the_start_stands_for_its_price() -> None:
 
 def test_nothing_is_asked_of_workers_that_are_not_there() -> None:
     control, _ = running(workers=0)
-    control.ask_restart("two workers more")
+    control.ask_restart(Kind.RESIZE, "two workers more")
     assert control.drain(SILENCE_S).news == []
     assert control.outlook() is None
-    assert control.over("died") == 0
+    assert control.over(Kind.CRASH, "died") == 0
 
 
 def test_who_gives_no_sign_of_life_is_silent() -> None:
@@ -95,5 +99,5 @@ def test_who_gives_no_sign_of_life_is_silent() -> None:
     told = control.drain(SILENCE_S)
     assert [each.rank for each in told.members] == [0, 1]
     assert [each.rank for each in told.silent] == [0]
-    control.over("the workers failed")
+    control.over(Kind.CRASH, "the workers failed")
     assert control.drain(SILENCE_S).silent == []

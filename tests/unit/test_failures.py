@@ -14,6 +14,7 @@ from histoscale.cluster.control import ControllerLine
 from histoscale.cluster.elasticity import MAX_REPEATS
 from histoscale.cluster.failures import RunFailurePolicy, Yielded, diagnosis_in, explain
 from histoscale.errors import RecipeError, RunError
+from histoscale.observe.timeline import Kind
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 
@@ -25,8 +26,8 @@ class FakeLine(ControllerLine):
         self.step = 0
         self.told: list[str] = []
 
-    def over(self, why: str) -> int:
-        self.told.append(why)
+    def over(self, kind: Kind, why: str) -> int:
+        self.told.append(f"{kind.value} {why}".strip())
         return self.step
 
 
@@ -61,7 +62,7 @@ def test_an_attempt_that_ended_itself_costs_nothing() -> None:
     free = policy(line, crashes=0, preemptions=0)
     yielded = WorkerGroupError("", {0: Yielded(), 1: RuntimeError("connection closed by peer")})
     assert [free.make_decision(yielded) for _ in range(5)] == [RETRY] * 5
-    assert line.told == [""] * 5
+    assert line.told == ["restart"] * 5
 
 
 def test_crashes_and_preemptions_have_budgets_of_their_own() -> None:
@@ -83,7 +84,7 @@ def test_a_crash_that_repeats_at_the_same_step_ends_the_run_with_a_diagnosis() -
     diagnosis = diagnosis_in(pickle.loads(pickle.dumps(errors[-1])))
     assert isinstance(diagnosis, RunError)
     assert re.search(r"failed 3 times in a row after step 7.*out of memory", str(diagnosis))
-    assert line.told[-1] == "the workers failed: RuntimeError on rank 1: out of memory"
+    assert line.told[-1] == "crash the workers failed: RuntimeError on rank 1: out of memory"
 
 
 def test_progress_or_another_error_breaks_the_loop() -> None:

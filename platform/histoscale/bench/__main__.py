@@ -13,6 +13,7 @@ NAMES = (
     "augment",
     "faults",
     "feed",
+    "goodput",
     "index",
     "learning",
     "memory",

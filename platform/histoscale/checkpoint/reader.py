@@ -108,6 +108,27 @@ def read_newest(store: Store, read: Callable[[Commit], T]) -> tuple[T, Commit] |
     return None
 
 
+def commit_at(store: Store, step: int) -> Commit:
+    """The commit of one step, whose files are all there in full size.
+
+    Raises:
+        CheckpointError: There is none, or it is torn, damaged or of another version.
+    """
+    sizes_bytes = {info.key: info.size_bytes for info in store.list(FOLDER)}
+    key = marker_key(step)
+    if key not in sizes_bytes:
+        steps = sorted(found for found in map(marker_step, sizes_bytes) if found is not None)
+        raise CheckpointError(
+            f"{store.uri} has no checkpoint of step {step}",
+            value=f"checkpoints of steps {', '.join(map(str, steps))}" if steps else "no checkpoint",
+            expected="a committed step",
+            remedy="take one of those that are there; a run removes all but its newest checkpoint.keep_last",
+        )
+    commit = decode_commit(store.get(key), key)
+    _require_whole(store, commit, sizes_bytes)
+    return commit
+
+
 def require_recipe(commit: Commit, fingerprint: str) -> None:
     """Refuse a checkpoint of another recipe.
 

@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from histoscale.cluster.elasticity import Outlook
+from histoscale.observe.timeline import Kind
 from histoscale.stream.faults import Fault
 
 # A handle of the RunControl actor; its methods exist only at run time.
@@ -70,18 +71,37 @@ class Member:
 
 
 @dataclass(frozen=True)
+class News:
+    """What became of an attempt.
+
+    Attributes:
+        text: For the log of the job; may be empty.
+        kind: Of the event for the timeline; None for none.
+        step: Steps that were done.
+        workers: Of the attempt.
+        reason: For the timeline.
+    """
+
+    text: str
+    kind: Kind | None
+    step: int
+    workers: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Told:
     """What the workers have told since the driver last asked.
 
     Attributes:
-        news: Lines on what became of an attempt: why it ends, what a restart took.
+        news: What became of an attempt: why it ends, what a restart took.
         members: Of the attempt that runs.
         silent: Those of them that gave no sign of life for longer than the driver bears.
     """
 
     progress: list[Progress]
     faults: list[Fault]
-    news: list[str]
+    news: list[News]
     members: list[Member]
     silent: list[Member]
 
@@ -96,10 +116,10 @@ class RunControl:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._wish = Wish.GO_ON
-        self._restarts_for: str | None = None
+        self._restart: tuple[Kind, str] | None = None
         self._progress: list[Progress] = []
         self._faults: list[Fault] = []
-        self._news: list[str] = []
+        self._news: list[News] = []
         self._attempt = ""
         self._members: dict[int, tuple[Member, float]] = {}
         self._last: tuple[Progress, float] | None = None
@@ -111,16 +131,23 @@ class RunControl:
         """The driver's wish, which rank 0 learns with the answer to its next message."""
         self._wish = wish
 
-    def ask_restart(self, reason: str) -> None:
-        """Have the attempt that runs commit and start again; what is asked twice is done once."""
-        if self._members and self._restarts_for is None:
-            self._restarts_for = reason
-            self._news.append(f"the workers commit and start again: {reason}")
+    def ask_restart(self, kind: Kind, reason: str) -> None:
+        """Have the attempt that runs commit and start again; what is asked twice is done once.
+
+        Args:
+            kind: RESIZE, or PREEMPTION_NOTICE for a node that is about to go.
+            reason: For people.
+        """
+        if self._members and self._restart is None:
+            self._restart = kind, reason
+            self._report(
+                f"the workers commit and start again: {reason}", kind if kind is Kind.PREEMPTION_NOTICE else None
+            )
 
     def enlist(self, attempt: str, member: Member) -> None:
         """A worker of an attempt is ready; the first of a new attempt ends what was asked of the one before."""
         if attempt != self._attempt:
-            self._attempt, self._members, self._restarts_for = attempt, {}, None
+            self._attempt, self._members, self._restart = attempt, {}, None
             self._told_at_s.clear()
         self._members[member.rank] = (member, self._now())
 
@@ -137,13 +164,13 @@ class RunControl:
         elif not self._told_at_s:
             self._restart_s = now_s - self._last[1]
             redone = self._last[0].step + 1 - progress.step
-            self._news.append(
-                f"restarted on {len(self._members)} workers in {self._restart_s:.0f} s, {redone} steps done again"
+            self._report(
+                f"restarted on {len(self._members)} workers in {self._restart_s:.0f} s, {redone} steps done again", None
             )
         self._told_at_s.append(now_s)
         self._last = (progress, now_s)
         self._progress.append(progress)
-        if self._wish is Wish.GO_ON and self._restarts_for is not None:
+        if self._wish is Wish.GO_ON and self._restart is not None:
             return Wish.COMMIT_AND_RESTART
         return self._wish
 
@@ -151,11 +178,25 @@ class RunControl:
         """Take note of attempts that the content refused."""
         self._faults.extend(faults)
 
-    def over(self, why: str) -> int:
-        """The attempt has ended; returns the last step that was told."""
+    def over(self, kind: Kind, why: str) -> int:
+        """The attempt has ended; returns the last step that was told.
+
+        Args:
+            kind: CRASH, PREEMPTION, or RESTART for an attempt that ended itself as it was asked to.
+            why: For people.
+        """
+        if kind is Kind.RESTART and self._restart is not None:
+            asked, why = self._restart
+            kind = Kind.RESIZE if asked is Kind.RESIZE else Kind.RESTART
+            self._report("", kind, why)
+        else:
+            self._report(why, kind)
         self._members = {}
-        self._news.append(why)
-        return self._last[0].step if self._last is not None else 0
+        return self._step()
+
+    def last_step(self) -> tuple[int, float] | None:
+        """Steps done when progress was last told, and the seconds since then; None before the first."""
+        return (self._last[0].step, self._now() - self._last[1]) if self._last else None
 
     def outlook(self) -> Outlook | None:
         """Where the run stands; None while nothing runs."""
@@ -179,6 +220,12 @@ class RunControl:
         )
         self._progress, self._faults, self._news = [], [], []
         return told
+
+    def _report(self, text: str, kind: Kind | None, reason: str = "") -> None:
+        self._news.append(News(text, kind, self._step(), len(self._members), reason or text))
+
+    def _step(self) -> int:
+        return self._last[0].step if self._last is not None else 0
 
 
 def start_control() -> ControlHandle:
@@ -218,9 +265,9 @@ class ControllerLine:
     def __init__(self, control: ControlHandle) -> None:
         self._control = control
 
-    def over(self, why: str) -> int:
+    def over(self, kind: Kind, why: str) -> int:
         """The attempt has ended; returns the last step that was told, 0 where that is not known."""
-        step: int | None = self._ask(self._control.over.remote(why))
+        step: int | None = self._ask(self._control.over.remote(kind, why))
         return step or 0
 
     def outlook(self) -> Outlook | None:
@@ -228,9 +275,9 @@ class ControllerLine:
         outlook: Outlook | None = self._ask(self._control.outlook.remote())
         return outlook
 
-    def ask_restart(self, reason: str) -> None:
-        """Have the attempt commit and start again."""
-        self._control.ask_restart.remote(reason)
+    def ask_resize(self, reason: str) -> None:
+        """Have the attempt commit and start again at another size."""
+        self._control.ask_restart.remote(Kind.RESIZE, reason)
 
     def _ask(self, answer: "ray.ObjectRef[Any]") -> Any:  # noqa: ANN401 - what the actor answers
         try:

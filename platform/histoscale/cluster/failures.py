@@ -11,6 +11,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from histoscale.cluster.control import ControllerLine
 from histoscale.cluster.elasticity import MAX_REPEATS, CrashHistory
 from histoscale.errors import HistoscaleError, RunError
+from histoscale.observe.timeline import Kind
 
 E = TypeVar("E", bound=BaseException)
 
@@ -65,15 +66,15 @@ class RunFailurePolicy(DefaultFailurePolicy):
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Whether there is another attempt."""
         if found_in(training_failed_error, Yielded) is not None:
-            self._line.over("")
+            self._line.over(Kind.RESTART, "")
             return FailureDecision.RETRY
         if diagnosis_in(training_failed_error) is not None:
             return FailureDecision.RAISE
         if _is_preemption_failure(training_failed_error):
-            self._line.over("a node with workers was taken away before they could commit")
+            self._line.over(Kind.PREEMPTION, "a node with workers was taken away before they could commit")
             return super().make_decision(training_failed_error)
         what = describe_crash(training_failed_error)
-        step = self._line.over(f"the workers failed: {what}")
+        step = self._line.over(Kind.CRASH, f"the workers failed: {what}")
         if isinstance(training_failed_error, WorkerGroupError) and self._crashes.repeats(step, what) >= MAX_REPEATS:
             # The driver looks for a diagnosis among the failures of the workers.
             training_failed_error.worker_failures[_NO_RANK] = RunError(

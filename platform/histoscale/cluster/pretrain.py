@@ -1,13 +1,17 @@
 """From a recipe, an index and a run folder to a trained run: the driver's side."""
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from histoscale.checkpoint.parent import Parent
 from histoscale.checkpoint.reader import latest_commit
 from histoscale.cluster.bad_slides import BadSlides
+from histoscale.cluster.fork import ForkSource, origin_of, require_same_parent
 from histoscale.cluster.launch import run_workers
 from histoscale.cluster.lease import Lease
 from histoscale.cluster.plan_lines import describe_plan
@@ -26,6 +30,7 @@ from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError
 from histoscale.models.published import describe_published, load_published
+from histoscale.observe.timeline import Event, Kind, Timeline
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
 from histoscale.slides.catalogue import Catalogue, open_catalogue
@@ -40,12 +45,13 @@ from histoscale.train.teacher_source import describe_teacher, find_teacher
 
 @dataclass(frozen=True)
 class PretrainRequest:
-    """One call of the job: what to train, on which slides, into which folder, for whom."""
+    """One call of the job: what to train, on which slides, into which folder, for whom, from which checkpoint."""
 
     recipe: Recipe
     index_uri: str
     run_uri: str
     holder: str
+    fork_from: ForkSource | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ class CheckedRequest:
     """A request whose recipe, index, teacher and run folder fit each other; nothing was written yet.
 
     Attributes:
-        origins: Lines that tell of the frozen teacher and of published weights, where there are such.
+        origins: Lines that tell of the parent of a fork, of the frozen teacher and of published weights, where there
+            are such.
+        parent: The checkpoint that the run begins from, or began from.
     """
 
     request: PretrainRequest
@@ -61,6 +69,7 @@ class CheckedRequest:
     catalogue: Catalogue
     plan: Plan
     origins: tuple[str, ...]
+    parent: Parent | None = None
 
 
 @dataclass(frozen=True)
@@ -76,15 +85,16 @@ def check_request(request: PretrainRequest) -> CheckedRequest:
     """Check what can be checked without a cluster.
 
     Raises:
-        HistoscaleError: The index cannot be read, no slide serves a magnification, the frozen teacher or the published
-            weights cannot be used, or the run folder is another's.
+        HistoscaleError: The index cannot be read, no slide serves a magnification, the parent, the frozen teacher or
+            the published weights cannot be used, or the run folder is another's.
     """
     store = open_store(request.run_uri)
     # A run keeps to the snapshot that it began with, however the index has grown since.
     catalogue = open_catalogue(request.index_uri, recorded_snapshot(store))
     spec = PlanSpec.from_recipe(request.recipe)
     plan = Plan(spec, catalogue.rows, catalogue.columns, catalogue.values, catalogue.mask)
-    checked = CheckedRequest(request, store, catalogue, plan, _origins(request.recipe))
+    parent, lineage = origin_of(request.fork_from, request.recipe, store)
+    checked = CheckedRequest(request, store, catalogue, plan, (*lineage, *_origins(request.recipe)), parent)
     _resumed_recipe(checked)
     return checked
 
@@ -108,6 +118,7 @@ def _resumed_recipe(checked: CheckedRequest) -> Recipe | None:
         return None
     recipe = resolve_precision(checked.request.recipe, stored.precision)
     check_same_experiment(checked.store, recipe, stored, checked.catalogue.snapshot_id)
+    require_same_parent(checked.store, checked.request.fork_from)
     return recipe
 
 
@@ -146,7 +157,7 @@ def _go_on(checked: CheckedRequest, device: str, lease: Lease, tell: Callable[[s
     wait_for_resources(request.recipe.cluster, device, tell)
     if recipe is None:
         recipe = resolve_precision(request.recipe, DEFAULT_PRECISION[device])
-        start_run(store, recipe, request.index_uri, catalogue.snapshot_id, checked.origins)
+        start_run(store, recipe, request.index_uri, catalogue.snapshot_id, checked.origins, checked.parent)
     quarantine = commit.quarantine if commit else ()
     feed = _feed(checked, recipe, start, quarantine, device)
     tell(f"plan {checked.plan.fingerprint(catalogue.snapshot_id)} over snapshot {catalogue.snapshot_id}")
@@ -158,14 +169,31 @@ def _go_on(checked: CheckedRequest, device: str, lease: Lease, tell: Callable[[s
         tell(f"memory: {_memory(recipe, device).line()}")
     tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
     bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
-    watched = Watched(lease, bad_slides, recipe.cluster.silence_s, tell)
-    run_workers(store.uri, recipe, device, start, feed, watched)
+    with _recorded(store, recipe, start) as timeline:
+        watched = Watched(lease, bad_slides, recipe.cluster.silence_s, timeline, tell)
+        run_workers(store.uri, recipe, device, start, feed, watched)
     for line in bad_slides.summary():
         tell(line)
     if bad_slides.error is not None:
         raise bad_slides.error
     step = _committed_step(store)
     return PretrainOutcome(step, recipe.steps, stopped=step < recipe.steps)
+
+
+@contextlib.contextmanager
+def _recorded(store: Store, recipe: Recipe, start: int) -> Iterator[Timeline]:
+    """Tell the timeline of the run when a job takes it and lets go of it."""
+    timeline, workers = Timeline(store), recipe.cluster.worker_bounds[1]
+    timeline.tell(Event(Kind.START, time.time(), start, workers))
+    step, reason = start, "the job failed"
+    try:
+        yield timeline
+        step = _committed_step(store)
+        reason = "complete" if step >= recipe.steps else "asked to stop"
+    finally:
+        kind = Kind.END if step >= recipe.steps else Kind.STOP
+        timeline.tell(Event(kind, time.time(), step, workers, reason))
+        timeline.close()
 
 
 def _memory(recipe: Recipe, device: str) -> MemoryForecast:

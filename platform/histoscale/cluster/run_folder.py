@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 
+from histoscale.checkpoint.parent import PARENT_KEY, Parent, write_parent
 from histoscale.config.decode import decode_recipe, differences, dump_recipe, fingerprint, parse_yaml
 from histoscale.config.recipe import Recipe
 from histoscale.errors import RunError
@@ -12,7 +13,7 @@ RECIPE_KEY = "recipe.yaml"
 INDEX_KEY = "index.json"
 ORIGINS_KEY = "origins.json"
 DEFAULT_PRECISION = {"cuda": "bf16", "cpu": "fp32"}
-_MAY_COME_FIRST = {"lease.json", INDEX_KEY, ORIGINS_KEY}
+_MAY_COME_FIRST = {"lease.json", INDEX_KEY, ORIGINS_KEY, PARENT_KEY}
 
 
 def resolve_precision(recipe: Recipe, default: str) -> Recipe:
@@ -93,7 +94,14 @@ def recorded_origins(store: Store) -> list[str]:
     return origins
 
 
-def start_run(store: Store, recipe: Recipe, index_uri: str, snapshot_id: str, origins: Sequence[str] = ()) -> None:
+def start_run(
+    store: Store,
+    recipe: Recipe,
+    index_uri: str,
+    snapshot_id: str,
+    origins: Sequence[str] = (),
+    parent: Parent | None = None,
+) -> None:
     """Record what the run is; the recipe comes last, so that a folder with one is complete.
 
     Args:
@@ -102,8 +110,10 @@ def start_run(store: Store, recipe: Recipe, index_uri: str, snapshot_id: str, or
         index_uri: The index.
         snapshot_id: Of the index.
         origins: Lines on the weights that the run learns from beside slides: a teacher's, or published ones.
+        parent: The checkpoint that the run is forked from.
     """
     index = {"index": index_uri, "snapshot_id": snapshot_id}
     store.put(INDEX_KEY, json.dumps(index, indent=1).encode())
     store.put(ORIGINS_KEY, json.dumps(list(origins), indent=1).encode())
+    write_parent(store, parent)
     store.put(RECIPE_KEY, dump_recipe(recipe).encode())

@@ -49,4 +49,4 @@ class GainingSizes(ElasticScalingPolicy):
         if outlook is not None:
             resize = worthwhile(outlook, target, self._replicas, self._horizon_s)
             if resize is not None:
-                self._line.ask_restart(resize.reason)
+                self._line.ask_resize(resize.reason)

@@ -14,6 +14,7 @@ from ray._private.state import state
 from histoscale.cluster.bad_slides import BadSlides
 from histoscale.cluster.control import ControlHandle, Member, Progress, Told, Wish
 from histoscale.cluster.lease import Lease
+from histoscale.observe.timeline import Event, Kind, Timeline
 
 _POLL_S = 0.5
 _NODES_EVERY_S = 2.0
@@ -30,6 +31,7 @@ class Watched:
     lease: Lease
     bad_slides: BadSlides
     silence_s: float
+    timeline: Timeline
     tell: Callable[[str], None]
 
 
@@ -86,8 +88,11 @@ class _Watch:
         """Tell what the workers told."""
         told: Told = ray.get(self._control.drain.remote(self._watched.silence_s))
         self._watched.bad_slides.take(told.faults)
-        for line in filter(None, told.news):
-            self._watched.tell(line)
+        for news in told.news:
+            if news.text:
+                self._watched.tell(news.text)
+            if news.kind is not None:
+                self._watched.timeline.tell(Event(news.kind, time.time(), news.step, news.workers, news.reason))
         self._printer.show(told.progress, last)
         return told
 
@@ -114,7 +119,7 @@ class _Watch:
             if node_id in nodes and node_id not in self._given_notice:
                 self._given_notice.add(node_id)
                 left = f" in {deadline_ms / 1e3 - time.time():.0f} s" if deadline_ms else ""
-                self._control.ask_restart.remote(f"node {node_id[:8]} is taken away{left}")
+                self._control.ask_restart.remote(Kind.PREEMPTION_NOTICE, f"node {node_id[:8]} is taken away{left}")
 
 
 class _ProgressPrinter:

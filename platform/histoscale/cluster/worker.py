@@ -5,8 +5,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ray
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.train.torch import get_device
 
 from histoscale.checkpoint.collective import on_first_rank
@@ -16,7 +18,9 @@ from histoscale.cluster.failures import Yielded
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, RunError
 from histoscale.observe.alarms import CollapseAlarm
+from histoscale.observe.goodput import STALL_S, GoodputMeter
 from histoscale.observe.metrics import MetricsWriter
+from histoscale.observe.timeline import Event, Kind, Timeline, wall_before
 from histoscale.storage import open_store
 from histoscale.stream.faults import Fault
 from histoscale.stream.feed import MicroBatch, RankFeed
@@ -88,8 +92,11 @@ def _follow(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> N
 
 
 def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> None:
-    line = ControlLine(spec.control)
-    writer = MetricsWriter(open_store(spec.run_uri), start)
+    line, store = ControlLine(spec.control), open_store(spec.run_uri)
+    writer, timeline = MetricsWriter(store, start), Timeline(store)
+    meter = GoodputMeter(writer.useful_s, wall_before(store, time.time()), time.monotonic())
+    timeline.tell(_resumed(spec, start))
+    stall_s = stalled_s = 0.0
     clock = _Clock(spec.recipe.batch.tiles)
     collapse = CollapseAlarm(spec.recipe.optim.warmup_images)
     try:
@@ -98,11 +105,19 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
             micro_batches = feed.micro_batches(step)
             _tell_faults(spec, micro_batches)
             metrics = trainer.step(step, micro_batches, stop_requested=line.wish.commits)
-            timing = clock.tick(feed.wait_s)
-            writer.write(step, _scalars(metrics) | timing)
+            timing = clock.tick(feed.wait_s) | {STALL_S: stall_s}
+            goodput = {"progress/goodput": meter.add(timing, time.monotonic())}
+            writer.write(step, _scalars(metrics) | timing | goodput)
+            begun_s = time.monotonic()
             committed = _commit_if_due(spec.recipe, trainer, step, metrics)
             if committed:
                 writer.publish()
+            stall_s = time.monotonic() - begun_s
+            stalled_s += stall_s
+            if committed:
+                workers = dist.get_world_size()
+                timeline.tell(Event(Kind.COMMIT, time.time(), committed.step, workers, stall_s=stalled_s))
+                stalled_s = 0.0
             alarm = collapse.update(metrics.images_seen, metrics.mean_cosine)
             note = alarm or (f"checkpoint committed, of step {committed.step}" if committed else "")
             line.tell(_progress(spec.recipe, step, metrics, timing, note))
@@ -111,6 +126,17 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
                 return
     finally:
         writer.close()
+        timeline.close()
+
+
+def _resumed(spec: WorkerSpec, start: int) -> Event:
+    """The event of workers that are ready, with what the group before has lost, where there was one in this job."""
+    before: tuple[int, float] | None = ray.get(spec.control.last_step.remote())
+    workers = dist.get_world_size()
+    if before is None:
+        return Event(Kind.RESUME, time.time(), start, workers)
+    step, since_s = before
+    return Event(Kind.RESUME, time.time(), start, workers, restart_s=since_s, steps_redone=max(0, step - start))
 
 
 def _leave(wish: Wish | None) -> None:

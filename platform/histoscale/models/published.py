@@ -84,7 +84,7 @@ def load_published(path: str, arch: Arch, image_px: int, qk_norm: bool = False) 
     positions_1TD, grid = _split_positions(named[_POSITIONS], layout, arch)
     wanted = image_px // arch.patch_px
     state = {name: tensor.float().contiguous() for name, tensor in named.items()}
-    state[_POSITIONS] = _resampled(positions_1TD.float(), 1 + arch.registers, grid, wanted)
+    state[_POSITIONS] = resample_positions(positions_1TD.float(), 1 + arch.registers, grid, wanted)
     resized_from_grid = None if grid == wanted else grid
     return PublishedWeights(state, layout, sha256, resized_from_grid, tuple(sorted(unused)), tuple(sorted(fresh)))
 
@@ -262,8 +262,15 @@ def _split_positions(rows_1TD: Tensor, layout: Layout, arch: Arch) -> tuple[Tens
     return torch.cat([rows_1TD[:, :leading], without_row_1TD, rows_1TD[:, leading:]], dim=1), grid
 
 
-def _resampled(rows_1TD: Tensor, prefix: int, grid: int, wanted: int) -> Tensor:
-    """Position embedding for another grid of patches."""
+def resample_positions(rows_1TD: Tensor, prefix: int, grid: int, wanted: int) -> Tensor:
+    """Position embedding for another grid of patches, resampled as timm does it: bicubic, antialiased.
+
+    Args:
+        rows_1TD: fp32, `prefix` rows of tokens that are no patches, then `grid * grid` rows of patches.
+        prefix: Rows that stay as they are.
+        grid: Rows and columns of patches that there are.
+        wanted: Rows and columns of patches that there shall be.
+    """
     if grid == wanted:
         return rows_1TD.contiguous()
     head_1TD, patches_1TD = rows_1TD.tensor_split([prefix], dim=1)

@@ -3,11 +3,12 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from histoscale.observe.goodput import useful_s
 from histoscale.storage import Store, is_remote
 
 METRICS_KEY = "metrics.jsonl"
@@ -20,6 +21,9 @@ class MetricsWriter:
     Args:
         store: The run folder.
         first_step: The committed step that the run goes on from; what was written of later steps is forgotten.
+
+    Attributes:
+        useful_s: Seconds of the committed steps, without what they waited.
     """
 
     def __init__(self, store: Store, first_step: int) -> None:
@@ -57,16 +61,27 @@ class MetricsWriter:
             shutil.rmtree(self._directory)
 
     def _keep_committed(self, first_step: int) -> None:
-        lines = self._store.get(METRICS_KEY).decode().splitlines() if self._store.exists(METRICS_KEY) else []
-        kept = [line for line in lines if _step_of(line) < first_step]
+        kept = list(_lines_before(self._store, first_step))
+        self.useful_s = sum(useful_s(values) for _, values in kept)
         rewritten = self._metrics.with_suffix(".part")
-        rewritten.write_text("".join(f"{line}\n" for line in kept))
+        rewritten.write_text("".join(f"{line}\n" for line, _ in kept))
         rewritten.replace(self._metrics)
 
 
-def _step_of(line: str) -> float:
-    """The step of a metrics line; a line that a crash has torn counts as later than every step."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def read_metrics(store: Store, stop: int) -> Iterator[dict[str, float]]:
+    """What was measured of steps 0 to `stop - 1`, each step once; `stop` is the step of a commit."""
+    for _, values in _lines_before(store, stop):
+        yield values
+
+
+def _lines_before(store: Store, stop: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Lines of steps before `stop`, as text and as values; a line that a crash has torn is left out."""
+    if not store.exists(METRICS_KEY):
+        return
+    for line in store.get(METRICS_KEY).decode().splitlines():
+        try:
+            values = json.loads(line)
+            if int(values["step"]) < stop:
+                yield line, values
+        except (ValueError, KeyError, TypeError):
+            continue

@@ -51,6 +51,15 @@ class Mixture:
         offset = group * _STRIDE % PARTS
         return [whole + (rest + offset) // PARTS for whole, rest in zip(self._whole, self._rest, strict=True)]
 
+    def starts(self, q: int, groups: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of one magnification in groups 0 .. groups - 1: where its run begins, and how many tiles it had before.
+
+        Both have an entry for `groups` itself; so many groups lie in memory.
+        """
+        offsets = np.arange(groups + 1, dtype=np.int64) * _STRIDE % PARTS
+        first, last = (self._whole[edge] + (self._rest[edge] + offsets) // PARTS for edge in (q, q + 1))
+        return first, np.concatenate([[0], np.cumsum(last - first)[:-1]])
+
     def before(self, group: int) -> list[int]:
         """How many tiles of each magnification all earlier groups hold: Q integers."""
         wraps = _floor_sum(group, 0)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histoscale.errors import PlanError
+from histoscale.sampling.inverse import Inverse
 from histoscale.sampling.places import Frames, Grid, SlidePlaces, find_places
 from histoscale.sampling.report import PlanReport, fingerprint, make_report
 from histoscale.sampling.spec import PlanSpec
@@ -179,6 +180,45 @@ class Plan:
         visits = self._visitor.visits(replica, range(first_group, last_group + 1))
         sample_ids_SB = (steps_S1 * spec.replicas + replica) * b + slots_B
         return self._draw(sample_ids_SB, steps_S1 + 0 * slots_B, visits, (groups_S1 - first_group) * b + slots_B)
+
+    def samples_of(self, row: int, stop: int) -> NDArray[np.int64]:
+        """The samples of steps 0 to `stop - 1` that the plan takes from a slide, ascending: int64 [N].
+
+        What the content of tiles decided is not in the plan: see `spares_of` for samples that gave way to a spare.
+        Which slides of the same stratum have no place at all must be known, so their masks are read.
+        """
+        inverse = Inverse(self.spec, self._supply)
+        found = [np.zeros(0, np.int64)]
+        for q, pool in inverse.pools_of(row):
+            displaced = [self._displaced(inverse, other, q, stop) for other in inverse.rows_of(pool).tolist()]
+            found.append(self.spares_of(row, np.concatenate(displaced)))
+            if len(self._places(row, q).cells):
+                samples = inverse.samples_of(row, q, stop)
+                out_from = self._exclusions.get(row, _NEVER)
+                found.append(samples[samples // self.spec.tiles_per_step < out_from])
+        return np.unique(np.concatenate(found))
+
+    def spares_of(self, row: int, sample_ids: NDArray[np.int64], attempt: int = 1) -> NDArray[np.int64]:
+        """Those of some samples whose tile at an attempt, or at the first later one, comes from a slide.
+
+        Args:
+            row: The slide.
+            sample_ids: Samples that gave way to a spare.
+            attempt: 1 or more.
+        """
+        inverse, asked = Inverse(self.spec, self._supply), sample_ids
+        # Spares of slides that are read from copies depend on which of them are in use: no short cut.
+        if not any(self._strata.copied[self._supply.stratum[pool]] for _, pool in inverse.pools_of(row)):
+            asked = sample_ids[inverse.may_be_spares(row, sample_ids, attempt, MAX_ATTEMPTS)]
+        return np.array([k for k in asked.tolist() if self.tile(k, attempt).row == row], np.int64)
+
+    def _displaced(self, inverse: Inverse, row: int, q: int, stop: int) -> NDArray[np.int64]:
+        """The samples of visits to a slide that has no place at a magnification, or is out by then."""
+        empty = not len(self._places(row, q).cells)
+        if not empty and row not in self._exclusions:
+            return np.zeros(0, np.int64)
+        samples = inverse.samples_of(row, q, stop)
+        return samples if empty else samples[samples // self.spec.tiles_per_step >= self._exclusions[row]]
 
     def _draw(
         self,

@@ -38,7 +38,7 @@ def page(title: str, by: str, facts: Sequence[tuple[str, str]], sections: Sequen
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str | int]]) -> str:
     """A table whose last column is a number, with a bar for it."""
-    most = max((int(row[-1]) for row in rows), default=1)
+    most = max((int(row[-1]) for row in rows), default=0) or 1
     head = (
         "".join(f"<th>{escape(name)}</th>" for name in heads[:-1]) + f'<th class="n">{escape(heads[-1])}</th><th></th>'
     )

@@ -34,6 +34,7 @@ from histoscale.checkpoint.fragments import (
 )
 from histoscale.checkpoint.ledger import StepRecord, runs_of
 from histoscale.checkpoint.manifest import Commit, CorruptCheckpoint
+from histoscale.checkpoint.parent import read_parent
 from histoscale.checkpoint.reader import commit_before, latest_commit, load_into, require_recipe, require_teacher
 from histoscale.checkpoint.retention import Retention, discard_after
 from histoscale.checkpoint.writer import CheckpointWriter, Snapshot
@@ -44,6 +45,7 @@ from histoscale.models.ssl import build_ssl_net, empty_ssl_net
 from histoscale.storage.store import Store
 from histoscale.train.distill import FrozenTeacher, load_frozen_teacher
 from histoscale.train.engine import StudentEngine
+from histoscale.train.fork import load_parent
 from histoscale.train.objective import Objective, PrototypeObjective
 from histoscale.train.step import MicroBatch, Prepared, StepMetrics, TrainStep, all_reduce
 from histoscale.train.teacher import Average, EMATeacher
@@ -108,6 +110,8 @@ class Trainer:
         centers = {CENTER_PREFIX + name: tuple(center.shape) for name, center in objective.centers.items()}
         self._shapes = parameter_shapes(student.deepspeed) | centers
         self._next_step = 0
+        self._parent = on_first_rank(lambda: read_parent(store))
+        self._earlier_updates = self._parent.updates if self._parent else 0
         self._last_commit: Commit | None = None
         self._records: list[StepRecord] = []
         retention = Retention(recipe.checkpoint.keep_last, recipe.checkpoint.keep_every_steps)
@@ -119,18 +123,23 @@ class Trainer:
         return self._next_step
 
     def resume(self) -> int:
-        """Load the newest commit that is not corrupt, if there is one; returns the step to go on with.
+        """Load the newest commit that is not corrupt, or else the parent of a fork; returns the step to go on with.
 
-        What claims to be later than it is discarded.
+        What claims to be later than the commit is discarded.
 
         Raises:
-            CheckpointError: No commit is whole, or it belongs to another recipe or another frozen teacher.
+            CheckpointError: No commit is whole, or it belongs to another recipe or another frozen teacher; or the
+                parent's checkpoint is gone.
         """
         commit = on_first_rank(lambda: latest_commit(self._store))
         while commit is not None and (problem := self._problem_with(commit)) is not None:
             commit = on_first_rank(partial(commit_before, self._store, commit, problem))
         step = commit.step if commit else 0
         on_first_rank(lambda: discard_after(self._store, step))
+        if commit is None and self._parent is not None:
+            materialise_moments(self.student.deepspeed, self._earlier_updates)
+            load_parent(self._parent, self._state() | self._centers(()), self._shapes, self._recipe)
+            self._publish()
         self._last_commit = commit
         return self._next_step
 
@@ -142,11 +151,10 @@ class Trainer:
             CheckpointError: It is of another network or of a student of another frozen teacher.
         """
         require_teacher(state, self._frozen_teacher)
-        materialise_moments(self.student.deepspeed, state.step)
+        materialise_moments(self.student.deepspeed, self._earlier_updates + state.step)
         targets = self._state() | self._centers(())
         on_every_rank(lambda: load_into(self._store, state, targets, self._shapes))
-        refresh_parameters(self.student.deepspeed)
-        self.teacher.publish()
+        self._publish()
         self._next_step = state.step
 
     def step(self, step: int, micro_batches: Sequence[MicroBatch | None], stop_requested: bool = False) -> StepMetrics:
@@ -246,7 +254,7 @@ class Trainer:
 
     def _captured(self, failure: NonFiniteError, used: Sequence[MicroBatch]) -> NonFiniteError:
         """The failure, with the place of a capture of the step (collective)."""
-        if self._next_step == 0:
+        if self._earlier_updates + self._next_step == 0:
             materialise_moments(self.student.deepspeed, 0)
         try:
             self.settle(wait=True)  # steps that went well before this one
@@ -254,6 +262,11 @@ class Trainer:
             _log.warning("%s", error)
         batches = [CapturedBatch.of(each.replica, each.sample_ids, each.tiles, each.faults) for each in used]
         return capture_failure(self._store, self._snapshot(self._next_step), batches, failure)
+
+    def _publish(self) -> None:
+        """Let student and teacher compute with the state that was read (collective)."""
+        refresh_parameters(self.student.deepspeed)
+        self.teacher.publish()
 
     def _problem_with(self, commit: Commit) -> CorruptCheckpoint | None:
         """Restore a commit (collective); answers why that cannot be, the same on every rank."""

@@ -1,0 +1,44 @@
+r"""Report on a run, without a cluster: what became of its time, or which of its checkpoints have seen a slide.
+
+    ray job submit --address http://127.0.0.1:8265 --working-dir . --runtime-env jobs/runtime_env.yaml -- \
+        python jobs/report.py --run RUN [--slide SLIDE_ID]
+
+RUN is the --out of jobs/pretrain.py. Without --slide it prints the run's goodput, the time lost by cause and the
+restarts, and writes them with a picture of the timeline to RUN/report.html. With --slide it answers for a slide id
+(32 hexadecimal digits, as in INDEX and in logs) how many of its tiles entered which checkpoint. Exit status: 0, or 2
+with a one-line diagnosis as the last line.
+"""
+
+import argparse
+
+from histoscale.cluster.job import location, run_job
+
+
+def main() -> None:
+    """Read the arguments, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, metavar="RUN", help="the run folder (a folder or an s3:// prefix)")
+    parser.add_argument("--slide", metavar="SLIDE_ID", help="which checkpoints have seen this slide")
+    arguments = parser.parse_args()
+
+    from histoscale.checkpoint.reader import latest_commit
+    from histoscale.cluster.run_folder import require_run
+    from histoscale.cluster.slide_history import slide_history
+    from histoscale.observe.run_report import write_report
+    from histoscale.storage import open_store
+
+    store = open_store(location(arguments.run, "--run"))
+    if arguments.slide is not None:
+        for line in slide_history(store, arguments.slide).lines():
+            print(line)
+        return
+    require_run(store)
+    commit = latest_commit(store)
+    uri, lines = write_report(store, commit.step if commit else 0)
+    for line in lines:
+        print(line)
+    print(f"report: {uri}")
+
+
+if __name__ == "__main__":
+    run_job(main)
