@@ -113,7 +113,7 @@ class PlainStep:
         self.student.load_state_dict(weights, strict=True)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         groups = [{"params": [parameter], "name": name} for name, parameter in self.student.named_parameters()]
-        self.optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas)
+        self.optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas, fused=True)
 
     def run(self, step: int, tiles: NDArray[np.uint8], sample_ids: NDArray[np.int64]) -> dict[str, float]:
         """One optimiser step; its losses and the norm of its gradient."""

@@ -18,11 +18,12 @@ def model_card(
     prefix = 1 + arch.registers
     patches = (side_px // arch.patch_px) ** 2
     scales = ", ".join(describe_mpp(entry.mpp) for entry in recipe.data.mix)
+    how = "pretrained by self-supervision" if recipe.distill is None else "distilled from a larger network"
     learnt = "".join(f"| learnt from | {origin} |\n" for origin in origins)
     return f"""# {recipe.model.arch}
 
-A vision transformer, pretrained by self-supervision on whole-slide images with histoscale.
-These are the weights of the EMA teacher.
+A vision transformer, {how} on whole-slide images with histoscale.
+These are the weights of the moving average of the trained network.
 
 | | |
 |---|---|

@@ -25,7 +25,7 @@ class Rank:
         workers: Ranks.
         stage: Of ZeRO.
         element_bytes: Of an element that is computed with.
-        on_cpu: A CPU holds what was written, a GPU what was allocated; attention and optimiser differ, too.
+        on_cpu: A CPU holds what was written, a GPU what was allocated; attention and DeepSpeed's buckets differ, too.
     """
 
     recipe: Recipe

@@ -108,21 +108,20 @@ def _keep_freed_memory() -> None:
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """What the network computes in: `auto` is bf16 on GPUs that have it, fp32 elsewhere.
+    """What the network computes in: `auto` is bf16 on a GPU, fp32 elsewhere.
 
     Raises:
-        TrainingError: The recipe says bf16 and the GPU has none.
+        TrainingError: It would be bf16 and the GPU has none.
     """
     on_gpu = device.type == "cuda"
-    able = not on_gpu or torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY
-    if recipe.precision == "bf16" and not able:
+    wants_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
+    if wants_bf16 and on_gpu and torch.cuda.get_device_capability(device) < _BF16_CAPABILITY:
         raise TrainingError(
             "this GPU does not compute in bf16",
             value=torch.cuda.get_device_name(device),
             expected="Ampere or newer (A100, L4, H100, ...)",
-            remedy="set precision=fp32, or run on such a GPU",
+            remedy="set precision=fp32 and a new --out, or run on such a GPU",
         )
-    wants_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu and able)
     return torch.bfloat16 if wants_bf16 else torch.float32
 
 

@@ -148,8 +148,7 @@ def _prototypes(heads: HeadSection) -> int:
 
 def largest_group(recipe: Recipe, arch: Arch) -> int:
     """Parameters of the largest of the optimiser's groups, vectors aside; see train/groups.py."""
-    blocks = 1 if recipe.optim.layer_decay < 1.0 else arch.depth
-    together = 0 if recipe.optim.layer_decay < 1.0 else blocks * _block_matrices(arch)
+    together = arch.depth * _block_matrices(arch) if recipe.optim.layer_decay == 1.0 else 0
     heads = _heads_matrices(recipe.heads, arch)
     return max(_block_matrices(arch), together + heads, _prototypes(recipe.heads))
 
