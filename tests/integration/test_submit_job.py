@@ -15,7 +15,7 @@ from histoscale.cluster.local import HeadSize, LocalHead
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE = HeadSize(cpus=1, object_store_bytes=100_000_000)
-WAIT_S = 60.0
+WAIT_S = 120.0
 LAST = 20
 COUNT = f"""
 import pathlib, sys, time
