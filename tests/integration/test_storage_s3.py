@@ -165,6 +165,20 @@ def test_large_files_go_in_parts_and_come_back_whole(
         store.upload(tmp_path / "none", "key")
 
 
+def test_parts_of_memory_become_one_object(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_TRANSFER", s3.TransferConfig(multipart_threshold=6 << 20, multipart_chunksize=5 << 20))
+    parts = [random.Random(seed).randbytes(size) for seed, size in enumerate((3, 7 << 20, 0, 5 << 20, 1))]
+    store.put_parts("big", [memoryview(part) for part in parts])
+    assert store.get("big") == b"".join(parts)
+    store.put_parts("small", [memoryview(b"a"), memoryview(b"bc")])
+    assert store.get("small") == b"abc"
+
+
+def test_parts_for_a_bucket_that_is_not_there_are_a_diagnosis(s3_env: Any) -> None:
+    with pytest.raises(StorageError, match="bucket 'no-such-bucket' does not exist"):
+        open_store("s3://no-such-bucket/p").put_parts("a", [memoryview(b"a")])
+
+
 def test_empty_objects_are_objects(store: Store, tmp_path: Path) -> None:
     store.put("empty", b"")
     (info,) = store.list()

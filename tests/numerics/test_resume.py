@@ -62,6 +62,20 @@ def test_ledger_of_a_resumed_run_holds_each_sample_once(resumed: Path) -> None:
     assert history == [(step, [(step * TILES_PER_STEP, TILES_PER_STEP)]) for step in range(STEPS)]
 
 
+def test_checkpoints_beside_training_outlive_a_failure_and_a_corrupt_range_of_one_rank(
+    plain: PlainRun, two_workers: Path
+) -> None:
+    reports = [json.loads((two_workers / f"beside-rank-{rank}.json").read_text()) for rank in range(2)]
+    assert reports[0] == reports[1]
+    assert reports[0]["committed"] == [2, 4, STEPS], "that of step 1 failed"
+    assert reports[0]["resumed at"] == 4, "that of step 6 is corrupt for the second rank"
+    assert reports[0]["markers"] == ["step-00000004.json"]
+    run = two_workers / "beside"
+    assert relative_distance(teacher_of(run), plain.teacher) < TOLERANCE
+    history = list(read_history(open_store(run), STEPS))
+    assert history == [(step, [(step * TILES_PER_STEP, TILES_PER_STEP)]) for step in range(STEPS)]
+
+
 def test_backbone_is_the_teachers_with_the_networks_names(resumed: Path) -> None:
     store = open_store(resumed)
     commit = latest_commit(store)

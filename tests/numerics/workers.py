@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,10 @@ from torch import Tensor
 from histoscale.config.archs import ARCHS
 from histoscale.config.decode import decode_recipe
 from histoscale.config.recipe import Recipe
-from histoscale.errors import HistoscaleError
+from histoscale.errors import HistoscaleError, StorageError
 from histoscale.sampling.replicas import replicas_of
 from histoscale.storage import open_store
+from histoscale.storage.local import LocalStore
 
 STEPS = 6
 TILES_PER_STEP = 12
@@ -99,6 +100,7 @@ def two_workers(rank: int, folder: Path) -> None:
             shutil.copytree(run, folder / "halfway" / f"zero-{stage}")
         train(rank, recipe, run, STEPS)
     resume_foreign(rank, folder)
+    commit_beside_training(rank, folder)
     for stage in (2, 3):
         misbehave(rank, stage, folder)
 
@@ -138,6 +140,56 @@ def turns(recipe: Recipe, rank: int, step: int) -> list[Any]:
     """This rank's micro-batches of a step, None for padding."""
     mine = replicas_of(rank, dist.get_world_size(), recipe.batch.replicas)
     return [None if replica is None else tiles_of(recipe, step, replica) for replica in mine]
+
+
+class RefusesOnce(LocalStore):
+    """A folder whose first write fails; a fake."""
+
+    refused = False
+
+    def put_parts(self, key: str, parts: Sequence[memoryview]) -> None:
+        if not self.refused:
+            self.refused = True
+            raise StorageError("the disk of this rank is full")
+        super().put_parts(key, parts)
+
+
+def commit_beside_training(rank: int, folder: Path) -> None:
+    """A run committed while it trains, whose first checkpoint fails on the last rank; then its newest one is damaged.
+
+    The damage is in what only the last rank reads.
+    """
+    from histoscale.train.trainer import build_trainer
+
+    recipe, run = tiny_recipe(zero_stage=2), folder / "beside"
+    last = rank == dist.get_world_size() - 1
+    trainer = build_trainer(recipe, torch.device("cpu"), RefusesOnce(run) if last else open_store(run))
+    trainer.resume()
+    committed = []
+    for step in range(STEPS):
+        trainer.step(step, turns(recipe, rank, step))
+        found = trainer.settle(wait=False)
+        if step + 1 in (1, 2, 4):
+            found = trainer.begin_save(step + 1) or found
+        committed += [found.step] if found else []
+    committed.append(trainer.save(STEPS).step)
+    again = trainer.save(STEPS).folder
+    if last:
+        shard = run / again / "rank-1-of-2.safetensors"
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    dist.barrier()
+    resumed = build_trainer(recipe, torch.device("cpu"), open_store(run))
+    start = resumed.resume()
+    dist.barrier()
+    markers = sorted(path.name for path in (run / "checkpoints").glob("*.json"))
+    for step in range(start, STEPS):
+        resumed.step(step, turns(recipe, rank, step))
+    resumed.begin_save(STEPS)
+    resumed.settle(wait=True)
+    report = {"committed": committed, "resumed at": start, "markers": markers}
+    (folder / f"beside-rank-{rank}.json").write_text(json.dumps(report))
 
 
 def resume_foreign(rank: int, folder: Path) -> None:

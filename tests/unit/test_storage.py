@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import random
 import stat
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from botocore.stub import Stubber
 
 from histoscale.errors import StorageError
 from histoscale.storage import is_remote, join, open_store, s3, s3_errors
+from histoscale.storage.joined import joined
 from histoscale.storage.local import LocalStore, atomic_file
 
 
@@ -93,6 +95,22 @@ def test_a_failed_write_leaves_the_old_object_and_nothing_else(
         store.put_if_absent("p", b"new")
     assert os.listdir(store.uri) == ["o"]
     assert store.get("o") == b"old"
+
+
+def test_parts_of_memory_read_like_one_file() -> None:
+    parts = [b"", b"abc", bytes(range(256)) * 100, b"", b"z"]
+    whole = b"".join(parts)
+    file = joined([memoryview(part) for part in parts])
+    assert file.read() == whole
+    assert file.seek(0, io.SEEK_END) == len(whole)
+    draws = random.Random(0)
+    for _ in range(50):
+        start, length = draws.randrange(len(whole) + 10), draws.randrange(30_000)
+        assert file.seek(start) == file.tell() == start
+        assert file.read(length) == whole[start : start + length]
+    file.seek(10)
+    assert file.seek(-4, io.SEEK_CUR) == 6
+    assert joined([]).read() == b""
 
 
 def test_unfinished_writes_are_not_listed(store: LocalStore) -> None:

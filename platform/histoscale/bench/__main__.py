@@ -11,6 +11,7 @@ import sys
 
 NAMES = (
     "augment",
+    "checkpoint",
     "faults",
     "feed",
     "goodput",
@@ -31,7 +32,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where `augment`, `memory` and `step` train"
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where `augment`, `checkpoint`, `memory` and `step` train",
     )
     arguments = parser.parse_args()
     # Each has a module of its own, and only that is loaded: training needs no Ray, and streams need no DeepSpeed.

@@ -22,9 +22,9 @@ FORMAT_VERSION = 1
 FOLDER = "checkpoints/"
 MANIFEST_NAME = "manifest.json"
 
-# Checksums cover blocks of this many elements (128 KiB), so that a rank can verify the part it reads and reads little
+# Checksums cover blocks of this many elements (64 KiB), so that a rank can verify the part it reads and reads little
 # beside it, even where it needs half of each parameter.
-BLOCK_ELEMENTS = 1 << 15
+BLOCK_ELEMENTS = 1 << 14
 BYTES_PER_ELEMENT = 4
 _BLOCK_ELEMENTS_BEFORE = 1 << 20  # of shards that do not say it
 

@@ -41,7 +41,7 @@ from histoscale.storage.store import ObjectChanged, Store
 T = TypeVar("T")
 
 _BACKBONE_PREFIX = "backbone."
-_MAX_BLOCKS_PER_REQUEST = 256  # 32 MiB
+_MAX_BLOCKS_PER_REQUEST = 512  # 32 MiB
 _READS_AT_ONCE = 4
 
 _log = logging.getLogger(__name__)
