@@ -1,5 +1,5 @@
 from histoscale.cluster.control import Progress
-from histoscale.cluster.pretrain import _eta, _ProgressPrinter
+from histoscale.cluster.watching import _eta, _ProgressPrinter
 
 
 def progress(step: int, note: str = "") -> Progress:
