@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from histoscale.cluster.elasticity import CrashHistory, Outlook, gaining_sizes, size_for, turns_of, worthwhile
+from histoscale.cluster.scaling import on_staying_nodes
 
 RUN = Outlook(workers=2, step=100, steps=1100, step_s=1.0, restart_s=30.0)
 
@@ -55,3 +56,9 @@ def test_crashes_repeat_when_step_and_kind_do() -> None:
     assert history.repeats(8, "OSError: x") == 1
     assert history.repeats(8, "OSError: y") == 1
     assert history.repeats(8, "OSError: y") == 2
+
+
+def test_nodes_that_are_gone_or_going_count_for_nothing() -> None:
+    reserved = {name: {"CPU": 2.0} for name in ("stays", "goes", "gone", "unknown")}
+    nodes = [{"NodeID": "stays", "Alive": True}, {"NodeID": "goes", "Alive": True}, {"NodeID": "gone", "Alive": False}]
+    assert on_staying_nodes(reserved, nodes, {"goes": 0}) == {"stays": {"CPU": 2.0}}

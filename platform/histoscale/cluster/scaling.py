@@ -1,5 +1,10 @@
 """How Ray Train's controller sizes the workers of an elastic run: what is there, and what is worth a restart."""
 
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
+
+import ray
+from ray._private.state import state
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
@@ -33,7 +38,9 @@ class GainingSizes(ElasticScalingPolicy):
         return self._sizes[-1]
 
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
-        return size_for(super()._count_possible_workers(reserved_resources), self._sizes) or 0
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        staying = on_staying_nodes(reserved_resources, nodes, state.get_draining_nodes())
+        return size_for(super()._count_possible_workers(staying), self._sizes) or 0
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
@@ -50,3 +57,14 @@ class GainingSizes(ElasticScalingPolicy):
             resize = worthwhile(outlook, target, self._replicas, self._horizon_s)
             if resize is not None:
                 self._line.ask_resize(resize.reason)
+
+
+def on_staying_nodes(
+    reserved: Mapping[str, dict[str, float]], nodes: Iterable[Mapping[str, Any]], going: Container[str]
+) -> dict[str, dict[str, float]]:
+    """Of the resources that Ray's coordinator has reserved, by node id, those of nodes that live and are to stay.
+
+    It looks every 20 s, and counts nodes that are about to go; workers that are put there wait for a minute in vain.
+    """
+    staying = {node["NodeID"] for node in nodes if node["Alive"] and node["NodeID"] not in going}
+    return {node_id: resources for node_id, resources in reserved.items() if node_id in staying}
