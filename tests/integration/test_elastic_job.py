@@ -1,0 +1,141 @@
+"""An elastic run on real nodes: it grows, heeds a notice, loses a node, and ends a worker that stands still.
+
+Minutes on two cores, hence slow; the decisions themselves are tested in tests/unit/test_elasticity.py.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from tests.integration.jobs_at_work import REPOSITORY, TINY
+
+from histoscale.checkpoint.ledger import read_history
+from histoscale.cluster.job import ENVIRONMENT
+from histoscale.slides.synthetic import make_slides
+from histoscale.storage import open_store
+
+STEPS, TILES = 300, 16
+PREEMPTION = 2  # DrainNodeReason of Ray's autoscaler protocol
+WORKER_CPUS = 2  # trainers fit on nodes of two, readers on nodes of one
+WAIT_S = 300.0
+
+
+class Job:
+    """`jobs/pretrain.py` as a process; its lines come as it prints them."""
+
+    def __init__(self, environment: dict[str, str], index: Path, run: Path, *settings: str) -> None:
+        more = [word for setting in settings for word in ("--set", setting)]
+        command = [sys.executable, "jobs/pretrain.py", "--index", str(index), "--out", str(run), *TINY, *more]
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self._seen = 0
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            self.lines.append(line.rstrip())
+
+    def wait_for(self, pattern: str) -> str:
+        """The next line that holds the pattern, after the last one that was waited for."""
+        deadline_s = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline_s:
+            for number, line in enumerate(self.lines[self._seen :], self._seen + 1):
+                if re.search(pattern, line):
+                    self._seen = number
+                    return line
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.1)
+        raise AssertionError(f"no line with {pattern!r} in\n" + "\n".join(self.lines))
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    """Of all processes: nodes inherit it, and workers of nodes. Threads that wait must not spin on two cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENVIRONMENT, "RAY_AUTH_MODE": "disabled", "OMP_WAIT_POLICY": "PASSIVE"}.items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", str(REPOSITORY / "platform"))
+        yield dict(os.environ)
+
+
+@pytest.fixture(scope="module")
+def cluster(environment: dict[str, str]) -> Iterator[Cluster]:
+    """A head and a node for readers, and one that a trainer fits on."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2 * 10**8})
+    nodes.add_node(num_cpus=1, object_store_memory=2 * 10**8)
+    nodes.add_node(num_cpus=WORKER_CPUS, object_store_memory=2 * 10**8)
+    try:
+        yield nodes
+    finally:
+        nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster, environment: dict[str, str]) -> Path:
+    folder = tmp_path_factory.mktemp("slides")
+    make_slides(folder / "slides", count=2)
+    command = [sys.executable, "jobs/index.py", str(folder / "slides"), "--out", str(folder / "index")]
+    subprocess.run(command, cwd=REPOSITORY, env={**environment, "RAY_ADDRESS": cluster.address}, check=True)
+    return folder / "index"
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(run: Path) -> list[str]:
+    told = [json.loads(path.read_text()) for path in sorted((run / "timeline").iterdir())]
+    return [event["kind"] for event in told if event["kind"] not in ("commit", "resume")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_whose_nodes_come_and_go_gives_the_curve_of_one_that_is_left_alone(
+    environment: dict[str, str], cluster: Cluster, index: Path, tmp_path: Path
+) -> None:
+    environment = {**environment, "RAY_ADDRESS": cluster.address}
+    settings = [f"schedule.images={STEPS * TILES}", f"cluster.cpus_per_worker={WORKER_CPUS}"]
+    alone = Job(environment, index, tmp_path / "alone", *settings, "cluster.workers=1")
+    assert alone.process.wait(WAIT_S) == 0, "\n".join(alone.lines)
+
+    run = tmp_path / "moved"
+    job = Job(environment, index, run, *settings, "cluster.workers=[1, 2]", "cluster.silence_s=20")
+    job.wait_for("checkpoint committed")
+    node = cluster.add_node(num_cpus=WORKER_CPUS, object_store_memory=2 * 10**8)
+    job.wait_for("commit and start again: from 1 to 2 workers")
+    assert "0 steps done again" in job.wait_for("restarted on 2 workers")
+
+    deadline_ms = int((time.time() + 90.0) * 1000)
+    GcsClient(address=cluster.address).drain_node(node.node_id, PREEMPTION, "spot", deadline_ms)
+    job.wait_for("commit and start again: node .* is taken away")
+    assert "0 steps done again" in job.wait_for("restarted on 1 workers")
+    cluster.remove_node(node, allow_graceful=False)
+
+    (worker,) = (process for process in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in _name(process))
+    worker.suspend()
+    job.wait_for("worker 0 has given no sign of life for 20 s and is ended")
+    job.wait_for("the workers failed: a worker died")
+    job.wait_for("restarted on 1 workers")
+
+    assert job.process.wait(WAIT_S) == 0, "\n".join(job.lines)
+    assert dict(read_history(open_store(run), STEPS)) == {step: [(step * TILES, TILES)] for step in range(STEPS)}
+    np.testing.assert_allclose(losses(run), losses(tmp_path / "alone"), rtol=1e-5)
+    assert events(run) == ["start", "resize", "preemption_notice", "restart", "crash", "end"]
+
+
+def _name(process: psutil.Process) -> str:
+    return " ".join(process.info["cmdline"] or ())
