@@ -25,7 +25,7 @@ from histoscale.cluster.job import ENVIRONMENT
 from histoscale.slides.synthetic import make_slides
 from histoscale.storage import open_store
 
-STEPS, TILES = 300, 16
+STEPS, TILES = 300, 64  # steps that are long enough for a larger size to repay its restart
 PREEMPTION = 2  # DrainNodeReason of Ray's autoscaler protocol
 WORKER_CPUS = 2  # trainers fit on nodes of two, readers on nodes of one
 WAIT_S = 300.0
@@ -108,9 +108,9 @@ def test_a_run_whose_nodes_come_and_go_gives_the_curve_of_one_that_is_left_alone
     environment: dict[str, str], cluster: Cluster, index: Path, tmp_path: Path
 ) -> None:
     environment = {**environment, "RAY_ADDRESS": cluster.address}
-    settings = [f"schedule.images={STEPS * TILES}", f"cluster.cpus_per_worker={WORKER_CPUS}"]
+    settings = [f"batch.tiles={TILES}", f"schedule.images={STEPS * TILES}", f"cluster.cpus_per_worker={WORKER_CPUS}"]
     alone = Job(environment, index, tmp_path / "alone", *settings, "cluster.workers=1")
-    assert alone.process.wait(WAIT_S) == 0, "\n".join(alone.lines)
+    assert alone.process.wait(2 * WAIT_S) == 0, "\n".join(alone.lines)
 
     run = tmp_path / "moved"
     job = Job(environment, index, run, *settings, "cluster.workers=[1, 2]", "cluster.silence_s=20")
@@ -131,7 +131,7 @@ def test_a_run_whose_nodes_come_and_go_gives_the_curve_of_one_that_is_left_alone
     job.wait_for("the workers failed: a worker died")
     job.wait_for("restarted on 1 workers")
 
-    assert job.process.wait(WAIT_S) == 0, "\n".join(job.lines)
+    assert job.process.wait(2 * WAIT_S) == 0, "\n".join(job.lines)
     assert dict(read_history(open_store(run), STEPS)) == {step: [(step * TILES, TILES)] for step in range(STEPS)}
     np.testing.assert_allclose(losses(run), losses(tmp_path / "alone"), rtol=1e-5)
     assert events(run) == ["start", "resize", "preemption_notice", "restart", "crash", "end"]
