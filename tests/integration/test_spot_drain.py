@@ -90,6 +90,7 @@ def gcs_of(head: LocalHead) -> str:
     return next(word.partition("=")[2] for word in words if word.startswith("--node_ip_address=")) + ":" + port
 
 
+@pytest.mark.slow
 def test_a_notice_drains_this_node_alone_with_its_deadline(fake: FakeMetadataServer) -> None:
     with LocalHead(SIZE) as head, contextlib.ExitStack() as stack:
         address = gcs_of(head)

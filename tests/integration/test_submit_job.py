@@ -31,6 +31,7 @@ sys.exit(2)
 """
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_at_the_next_head_after_the_first_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """The feed without Ray: the order of chapters and windows, what a rank refuses, what it measures."""
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,9 @@ def test_the_next_window_is_opened_beside_the_present_one() -> None:
     assert share.opened == [range(32)]
     feed.micro_batches(27)
     feed.micro_batches(28)
+    deadline_s = time.monotonic() + 10.0  # a thread opens it
+    while len(share.opened) < 2 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
     feed.close()
     assert share.opened[:2] == [range(32), range(32, 64)]
     assert all(name.startswith("next-window") for name in share.threads)

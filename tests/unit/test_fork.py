@@ -1,7 +1,7 @@
 """Forks: what a checkpoint may be the parent of, what is recorded of it, and what is refused before anything starts."""
 
-import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.conftest import S3Server
 from torch import Tensor
 
 from histoscale.checkpoint.fragments import CENTER_PREFIX, EMA, MASTER, MOMENTS, Fragment
-from histoscale.checkpoint.manifest import marker_key
+from histoscale.checkpoint.manifest import encode, marker_key
 from histoscale.checkpoint.parent import PARENT_KEY, Parent, open_parent, read_parent
 from histoscale.checkpoint.reader import commit_at, latest_commit
 from histoscale.checkpoint.writer import Snapshot, write_checkpoint
@@ -173,8 +173,8 @@ def test_the_parent_is_needed_until_the_first_commit_and_no_longer(parent_run: S
 
 def test_another_checkpoint_at_the_same_step_is_no_parent(parent_run: Store, new_run: Store) -> None:
     parent = find_parent(ForkSource(parent_run.uri, None), recipe_of(), new_run)
-    marker = json.loads(parent_run.get(marker_key(3)))
-    parent_run.put(marker_key(3), json.dumps(marker | {"manifest_crc32": 1}).encode())
+    another = replace(commit_at(parent_run, 3), manifest_crc32=1)
+    parent_run.put(marker_key(3), encode(another))
     with pytest.raises(CheckpointError, match="is not the one that this run was forked from"):
         open_parent(parent)
 
