@@ -25,7 +25,7 @@ from histoscale.cluster.job import ENVIRONMENT
 from histoscale.slides.synthetic import make_slides
 from histoscale.storage import open_store
 
-STEPS, TILES = 300, 64  # steps that are long enough for a larger size to repay its restart
+STEPS, TILES = 500, 64  # steps that are long enough for a larger size to repay its restart
 PREEMPTION = 2  # DrainNodeReason of Ray's autoscaler protocol
 WORKER_CPUS = 2  # trainers fit on nodes of two, readers on nodes of one
 WAIT_S = 300.0
