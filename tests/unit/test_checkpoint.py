@@ -3,7 +3,6 @@ import logging
 import math
 import re
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from tests.unit.snapshots import KINDS, SHAPES, shard_path, snapshot, state
 
 from histoscale.checkpoint import reader, shard
@@ -57,12 +55,7 @@ from histoscale.stream.faults import Fault, Quarantined
 BLOCK_ELEMENTS = 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(autouse=True)

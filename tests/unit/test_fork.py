@@ -1,6 +1,5 @@
 """Forks: what a checkpoint may be the parent of, what is recorded of it, and what is refused before anything starts."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tests.conftest import S3Server
 from torch import Tensor
@@ -33,12 +31,7 @@ KINDS = (MASTER, EMA, *MOMENTS)
 Values = dict[str, Any]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    rendezvous = tmp_path_factory.mktemp("rendezvous") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def recipe_of(**sections: Values) -> Recipe:

@@ -1,13 +1,11 @@
 """Which checkpoints have seen a slide: the answer holds against every tile of the run, drawn one by one."""
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from histoscale.checkpoint.fragments import Fragment
 from histoscale.checkpoint.ledger import StepRecord
@@ -39,12 +37,7 @@ IDS = [f"{number:032x}" for number in range(1, 6)]
 WITHDRAWN, BAD = IDS[3], IDS[4]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    rendezvous = tmp_path_factory.mktemp("rendezvous") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(scope="module")
