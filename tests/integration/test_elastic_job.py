@@ -5,10 +5,8 @@ Minutes on two cores, hence slow; the decisions themselves are tested in tests/u
 
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from tests.integration.jobs_at_work import REPOSITORY, TINY
 
+from histoscale.bench.watched_job import WatchedJob
 from histoscale.checkpoint.ledger import read_history
 from histoscale.cluster.job import ENVIRONMENT
 from histoscale.slides.synthetic import make_slides
@@ -28,38 +27,12 @@ from histoscale.storage import open_store
 STEPS, TILES = 500, 64  # steps that are long enough for a larger size to repay its restart
 PREEMPTION = 2  # DrainNodeReason of Ray's autoscaler protocol
 WORKER_CPUS = 2  # trainers fit on nodes of two, readers on nodes of one
-WAIT_S = 300.0
 
 
-class Job:
-    """`jobs/pretrain.py` as a process; its lines come as it prints them."""
-
-    def __init__(self, environment: dict[str, str], index: Path, run: Path, *settings: str) -> None:
-        more = [word for setting in settings for word in ("--set", setting)]
-        command = [sys.executable, "jobs/pretrain.py", "--index", str(index), "--out", str(run), *TINY, *more]
-        self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        self._seen = 0
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout or ():
-            self.lines.append(line.rstrip())
-
-    def wait_for(self, pattern: str) -> str:
-        """The next line that holds the pattern, after the last one that was waited for."""
-        deadline_s = time.monotonic() + WAIT_S
-        while time.monotonic() < deadline_s:
-            for number, line in enumerate(self.lines[self._seen :], self._seen + 1):
-                if re.search(pattern, line):
-                    self._seen = number
-                    return line
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.1)
-        raise AssertionError(f"no line with {pattern!r} in\n" + "\n".join(self.lines))
+def start(environment: dict[str, str], index: Path, run: Path, *settings: str) -> WatchedJob:
+    more = [word for setting in settings for word in ("--set", setting)]
+    command = ["jobs/pretrain.py", "--index", str(index), "--out", str(run), *TINY, *more]
+    return WatchedJob(command, environment, REPOSITORY)
 
 
 @pytest.fixture(scope="module")
@@ -109,20 +82,20 @@ def test_a_run_whose_nodes_come_and_go_gives_the_curve_of_one_that_is_left_alone
 ) -> None:
     environment = {**environment, "RAY_ADDRESS": cluster.address}
     settings = [f"batch.tiles={TILES}", f"schedule.images={STEPS * TILES}", f"cluster.cpus_per_worker={WORKER_CPUS}"]
-    alone = Job(environment, index, tmp_path / "alone", *settings, "cluster.workers=1")
-    assert alone.process.wait(2 * WAIT_S) == 0, "\n".join(alone.lines)
+    alone = start(environment, index, tmp_path / "alone", *settings, "cluster.workers=1")
+    alone.finish()
 
     run = tmp_path / "moved"
-    job = Job(environment, index, run, *settings, "cluster.workers=[1, 2]", "cluster.silence_s=20")
+    job = start(environment, index, run, *settings, "cluster.workers=[1, 2]", "cluster.silence_s=20")
     job.wait_for("checkpoint committed")
     node = cluster.add_node(num_cpus=WORKER_CPUS, object_store_memory=2 * 10**8)
     job.wait_for("commit and start again: from 1 to 2 workers")
-    assert "0 steps done again" in job.wait_for("restarted on 2 workers")
+    assert "0 steps done again" in job.wait_for("restarted on 2 workers").text
 
     deadline_ms = int((time.time() + 90.0) * 1000)
     GcsClient(address=cluster.address).drain_node(node.node_id, PREEMPTION, "spot", deadline_ms)
     job.wait_for("commit and start again: node .* is taken away")
-    assert "0 steps done again" in job.wait_for("restarted on 1 workers")
+    assert "0 steps done again" in job.wait_for("restarted on 1 workers").text
     cluster.remove_node(node, allow_graceful=False)
 
     (worker,) = (process for process in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in _name(process))
@@ -131,7 +104,7 @@ def test_a_run_whose_nodes_come_and_go_gives_the_curve_of_one_that_is_left_alone
     job.wait_for("the workers failed: a worker died")
     job.wait_for("restarted on 1 workers")
 
-    assert job.process.wait(2 * WAIT_S) == 0, "\n".join(job.lines)
+    job.finish()
     assert dict(read_history(open_store(run), STEPS)) == {step: [(step * TILES, TILES)] for step in range(STEPS)}
     np.testing.assert_allclose(losses(run), losses(tmp_path / "alone"), rtol=1e-5)
     assert events(run) == ["start", "resize", "preemption_notice", "restart", "crash", "end"]

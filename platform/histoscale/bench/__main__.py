@@ -12,6 +12,7 @@ import sys
 NAMES = (
     "augment",
     "checkpoint",
+    "elastic",
     "faults",
     "feed",
     "goodput",

@@ -1,0 +1,181 @@
+"""What an elastic run loses when a worker is killed, and when a node is taken away with notice.
+
+Two workers of a small network on real nodes (raylets of this machine), a folder as the run's store. A worker is killed
+with SIGKILL a few times; then its node gets a notice and leaves. The same run that nobody disturbs is the baseline of
+the curve.
+"""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import psutil
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.cluster_utils import Cluster
+
+from histoscale.bench.figure import Figure
+from histoscale.bench.watched_job import WatchedJob
+from histoscale.cluster.job import ENVIRONMENT
+from histoscale.errors import RunError
+from histoscale.slides.synthetic import make_slides
+
+_KILLS = 3
+_STEPS, _TILES, _COMMIT_STEPS = 600, 16, 20
+_WORKER_CPUS = 2  # trainers fit on nodes of two, readers on nodes of one
+_STORE_BYTES = 2 * 10**8
+_PREEMPTION = 2  # DrainNodeReason of Ray's autoscaler protocol
+_NOTICE_S = 90.0
+_SETTINGS = (
+    "model.arch=vit_test14",
+    "data.region_px=98",
+    "crops.global_px=56",
+    "crops.local_px=28",
+    "crops.local_count=2",
+    "heads.dino_prototypes=64",
+    "heads.ibot_prototypes=64",
+    "optim.lr=1e-4",  # at higher rates rounding grows a hundredfold within so many steps
+    "optim.warmup_images=64",
+    "loss.teacher_temperature_warmup_images=128",
+    "cluster.readers=1",
+    f"batch.tiles={_TILES}",
+    f"schedule.images={_STEPS * _TILES}",
+    f"checkpoint.every_steps={_COMMIT_STEPS}",
+    f"cluster.cpus_per_worker={_WORKER_CPUS}",
+)
+
+
+def elastic() -> Iterator[Figure]:
+    """`elastic.recovery_s`, `elastic.steps_redone` after a kill and after a notice, `elastic.curve_difference`."""
+    with tempfile.TemporaryDirectory(prefix="histoscale-bench-") as name, _environment() as environment:
+        folder = Path(name)
+        with _cluster() as cluster:
+            environment["RAY_ADDRESS"] = cluster.address
+            index = _index(folder, environment)
+            _pretrain(index, folder / "alone", "1", environment).finish()
+            job = _pretrain(index, folder / "run", "[1, 2]", environment)
+            try:
+                kills = [_after_a_kill(job) for _ in range(_KILLS)]
+                notice = _after_a_notice(job, cluster)
+                job.finish()
+            finally:
+                job.end()
+        details = {"recoveries_s": [each.seconds for each in kills], "workers": 2, "commit_every_steps": _COMMIT_STEPS}
+        yield Figure("elastic.recovery_s", median(each.seconds for each in kills), "s", details=details)
+        yield _redone("SIGKILL of a worker", kills)
+        yield _redone("notice", [notice])
+        yield Figure("elastic.curve_difference", curve_difference(folder / "alone", folder / "run"), "relative")
+
+
+@dataclass(frozen=True)
+class _Recovery:
+    """From what was done to a run until the next optimiser step was known, and the steps taken again."""
+
+    seconds: float
+    steps_redone: int
+
+
+def _redone(after: str, recoveries: list[_Recovery]) -> Figure:
+    counts = [each.steps_redone for each in recoveries]
+    return Figure("elastic.steps_redone", max(counts), "steps", details={"after": after, "all": counts})
+
+
+def _after_a_kill(job: WatchedJob) -> _Recovery:
+    job.wait_for("checkpoint committed")
+    find_trainers()[-1].kill()
+    return _recovered(job, time.monotonic())
+
+
+def _after_a_notice(job: WatchedJob, cluster: Cluster) -> _Recovery:
+    job.wait_for("checkpoint committed")
+    node = cluster.list_all_nodes()[-1]  # type: ignore[no-untyped-call]
+    deadline_ms = int((time.time() + _NOTICE_S) * 1000)
+    given_s = time.monotonic()
+    GcsClient(address=cluster.address).drain_node(node.node_id, _PREEMPTION, "spot", deadline_ms)
+    recovery = _recovered(job, given_s)
+    cluster.remove_node(node, allow_graceful=False)
+    return recovery
+
+
+def _recovered(job: WatchedJob, since_s: float) -> _Recovery:
+    line = job.wait_for("restarted on")
+    found = re.search(r"(-?\d+) steps done again", line.text)
+    return _Recovery(line.at_s - since_s, int(found.group(1)) if found else 0)
+
+
+def find_trainers() -> list[psutil.Process]:
+    """The run's workers, below the raylets that this process started.
+
+    Raises:
+        RunError: There are none.
+    """
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    if not found:
+        raise RunError("no worker is there to be killed", value=0, expected="2 workers that train")
+    return found
+
+
+def curve_difference(alone: Path, run: Path) -> float:
+    """Largest relative difference of the losses of two runs.
+
+    Raises:
+        RunError: They have not taken as many steps.
+    """
+    one, other = (_losses(path) for path in (alone, run))
+    if len(one) != len(other):
+        raise RunError("the curves differ in length", value=len(other), expected=f"{len(one)} steps")
+    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
+
+
+def _losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _pretrain(index: Path, run: Path, workers: str, environment: Mapping[str, str]) -> WatchedJob:
+    settings = [word for setting in (*_SETTINGS, f"cluster.workers={workers}") for word in ("--set", setting)]
+    command = ["jobs/pretrain.py", "--recipe", "jobs/recipes/quickstart.yaml", "--index", str(index), "--out", str(run)]
+    return WatchedJob([*command, *settings], environment)
+
+
+def _index(folder: Path, environment: Mapping[str, str]) -> Path:
+    make_slides(folder / "slides", count=2)
+    command = [sys.executable, "jobs/index.py", str(folder / "slides"), "--out", str(folder / "index")]
+    subprocess.run(command, env=dict(environment), check=True, stdout=sys.stderr)
+    return folder / "index"
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[dict[str, str]]:
+    """Of all processes: nodes inherit it, and workers of nodes. Threads that wait must not spin on two cores."""
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT, RAY_AUTH_MODE="disabled", OMP_WAIT_POLICY="PASSIVE")
+    os.environ["PYTHONPATH"] = str(Path("platform").resolve())
+    try:
+        yield dict(os.environ)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _cluster() -> Iterator[Cluster]:
+    """A head and a node for readers, and two that a trainer fits on."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": _STORE_BYTES})
+    try:
+        for cpus in (1, _WORKER_CPUS, _WORKER_CPUS):
+            cluster.add_node(num_cpus=cpus, object_store_memory=_STORE_BYTES)
+        yield cluster
+    finally:
+        cluster.shutdown()  # type: ignore[no-untyped-call]
