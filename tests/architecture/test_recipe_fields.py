@@ -1,6 +1,7 @@
 """No dead fields: every field of the recipe is read somewhere outside `config/`."""
 
 import ast
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -29,6 +30,7 @@ def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
     return list(dict.fromkeys(names))
 
 
+@cache
 def attributes_read() -> set[str]:
     """Every `section.field` and `recipe.field` that the package reads outside `config/`."""
     found = set()

@@ -106,17 +106,28 @@ def test_checkpointed_activations_change_neither_output_nor_gradient() -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0.0, atol=0.0)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_compute_the_same() -> None:
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
+            ],
+        ),
+    ],
+)
+def test_compiled_blocks_compute_the_same(backend: str) -> None:
     images = torch.randn(5, 3, 56, 56, generator=torch.Generator().manual_seed(1))
     outputs = []
     for compiled in (False, True):
         vit = small_vit(drop_path=0.3).train()
         if compiled:
-            for block in vit.blocks:
-                block.compile()
+            vit.blocks[-1].compile(backend=backend)  # one is slow enough
         torch.manual_seed(0)
-        outputs.append([vit([images, images[:3]])[0] for _ in range(4)])
+        outputs.append([vit([images, images[:3]])[0] for _ in range(2)])
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-4)
 
 
