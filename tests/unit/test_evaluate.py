@@ -1,8 +1,10 @@
 """Probes on features with known answers, refusals of datasets, and a report that reads back as it was written."""
 
 import io
+import json
 import pickle
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 
 from histoscale.checkpoint import reader
 from histoscale.checkpoint.manifest import Commit
+from histoscale.checkpoint.retention import BEST_KEY
 from histoscale.config.decode import decode_recipe, fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, DatasetError
@@ -41,6 +44,7 @@ from histoscale.evaluate.report import (
     encode,
     evaluate_run,
     latest_report,
+    note_best,
 )
 from histoscale.storage import open_store
 
@@ -293,6 +297,21 @@ def test_evaluation_is_written_into_the_run_and_reads_back(tmp_path: Path, monke
     table = report.table()
     for words in ("20 tiles in 2 classes, chance 50.0%", "step 7", "kNN (k=20)", "linear probe", "100.0 +- 0.0 %"):
         assert words in table
+
+
+def test_the_best_step_is_that_of_the_highest_knn_accuracy_on_the_first_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, store = evaluated(tmp_path, monkeypatch), open_store(tmp_path / "other")
+
+    def best_after(step: int, score: float, dataset_hash: str = "one") -> int:
+        knn = replace(report.figure(PRETRAINED, "knn"), values=(score,))
+        note_best(store, replace(report, step=step, dataset_hash=dataset_hash, figures=(knn,)))
+        return int(json.loads(store.get(BEST_KEY))["step"])
+
+    assert json.loads(open_store(tmp_path / "run").get(BEST_KEY))["step"] == report.step
+    assert [best_after(20, 0.6), best_after(40, 0.7), best_after(60, 0.65), best_after(80, 0.7)] == [20, 40, 40, 80]
+    assert best_after(100, 0.9, "another") == 80
 
 
 def test_report_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ retired is told so by `reader.load_into`.
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from histoscale.checkpoint import ledger
 from histoscale.checkpoint.manifest import (
@@ -52,7 +53,8 @@ def remove_retired(store: Store, retention: Retention) -> None:
     """
     keys = [info.key for info in store.list(FOLDER)]
     steps = [step for step in map(marker_step, keys) if step is not None]
-    kept = retention.kept(steps, _best_step(store))
+    best = read_best(store)
+    kept = retention.kept(steps, best["step"] if best else None)
     folders = folders_below(FOLDER, keys)
     needed = {folder for step in kept for folder in _folders_of(store, step, folders)}
     for step in sorted(set(steps) - kept):
@@ -77,11 +79,17 @@ def _folders_of(store: Store, step: int, folders: Collection[str]) -> set[str]:
         return {folder for folder in folders if folder.startswith(folder_prefix(step, "").rstrip("/"))}
 
 
-def _best_step(store: Store) -> int | None:
+def read_best(store: Store) -> dict[str, Any] | None:
+    """What `BEST_KEY` holds, with an integer `step`; None where nothing was evaluated.
+
+    Raises:
+        CheckpointError: It does not say which step is the best.
+    """
     if not store.exists(BEST_KEY):
         return None
     try:
-        return int(json.loads(store.get(BEST_KEY))["step"])
+        best = json.loads(store.get(BEST_KEY))
+        return {**best, "step": int(best["step"])}
     except (ValueError, LookupError, TypeError):
         raise CheckpointError(
             f"{BEST_KEY} does not say which step is the best",

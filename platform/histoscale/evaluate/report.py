@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from histoscale.checkpoint.retention import BEST_KEY, read_best
 from histoscale.config.decode import fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.errors import DatasetError
@@ -93,6 +94,8 @@ def percent(figure: Figure) -> str:
 def evaluate_run(run_store: Store, recipe: Recipe, dataset_uri: str, device: torch.device) -> EvaluationReport:
     """Probe the newest checkpoint of a run on a labelled dataset, and write the report into the run folder.
 
+    Where it is the best so far on its dataset, its checkpoint stays; see `note_best`.
+
     Raises:
         DatasetError: The dataset is incomplete or holds tiles that cannot be read.
         CheckpointError: The run has no usable checkpoint.
@@ -119,7 +122,25 @@ def evaluate_run(run_store: Store, recipe: Recipe, dataset_uri: str, device: tor
         figures=tuple(figures),
     )
     run_store.put(report.key, encode(report))
+    note_best(run_store, report)
     return report
+
+
+def note_best(run_store: Store, report: EvaluationReport) -> None:
+    """Name the step of a report as the run's best, unless an earlier one has a higher kNN accuracy.
+
+    Scores on two datasets cannot be compared, so the dataset that a run is first evaluated on stays the judge; a best
+    step that somebody has written by hand stays as well.
+
+    Raises:
+        CheckpointError: `BEST_KEY` is damaged.
+    """
+    score = report.figure(PRETRAINED, "knn").mean
+    best = read_best(run_store)
+    if best and (best.get("dataset_hash") != report.dataset_hash or best["score"] > score):
+        return
+    best = {"step": report.step, "score": score, "dataset": report.dataset, "dataset_hash": report.dataset_hash}
+    run_store.put(BEST_KEY, json.dumps(best).encode())
 
 
 def report_key(dataset: str, step: int) -> str:
