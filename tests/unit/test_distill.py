@@ -38,6 +38,7 @@ from histoscale.train.features import FeatureObjective, Features
 from histoscale.train.objective import Inputs
 from histoscale.train.students import build_students
 from histoscale.train.teacher_source import TeacherRun, TeacherWeights, describe_teacher, find_teacher
+from histoscale.train.warm_start import start_from_published
 
 CPU = torch.device("cpu")
 LICENCE = "CC0"
@@ -447,9 +448,12 @@ def test_a_student_of_features_is_evaluated_and_exported_as_any_other(export: Pa
     assert load(features(tmp_path / "again"))(images).cls.shape == (1, 32)
 
 
-def test_a_student_of_features_starts_from_published_weights_where_the_recipe_names_them(published: Path) -> None:
+def test_a_student_of_features_starts_from_published_weights_where_the_recipe_names_them(
+    published: Path, tmp_path: Path
+) -> None:
     warm = recipe_of(model={"weights": str(published)}, crops={"global_px": 56})
     started, fresh = build_feature_net(warm, 7), build_feature_net(recipe_of(crops={"global_px": 56}), 7)
+    start_from_published(started, warm, open_store(tmp_path / "student"))
     state = published_net().state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in started.backbone.state_dict().items())
     assert torch.equal(started.cls_projector.weight, fresh.cls_projector.weight)
@@ -525,7 +529,29 @@ def test_a_job_says_which_published_weights_it_starts_from_or_why_it_cannot(tmp_
     with pytest.raises(StorageError):
         check_request(request)
     save_file(dict(VisionTransformer(ARCHS["vit_test14"], 224).state_dict()), file)
-    (line,) = check_request(request).origins
+    checked = check_request(request)
+    (line,) = checked.origins
     assert line.startswith(f"weights: {file} in timm's layout, sha256:")
-    net = build_ssl_net(recipe)
-    assert torch.equal(net.backbone.pos_embed, load_file(file)["pos_embed"])
+    assert torch.equal(initial_backbone(recipe).pos_embed, load_file(file)["pos_embed"])
+
+    start_run(checked.store, recipe, index.uri, checked.catalogue.snapshot_id, checked.origins)
+    file.unlink()
+    with pytest.raises(StorageError):
+        check_request(request)
+    commit_net(checked.store, recipe, nn.Linear(1, 1), step=1)
+    assert check_request(request).origins == (line,)
+
+
+def test_a_resumed_student_of_a_file_is_checked_without_reading_it(published: Path, tmp_path: Path) -> None:
+    index, out = an_index(tmp_path), str(tmp_path / "student")
+    distill = {"teacher": str(published), "mode": "features", "arch": "vit_test14", "licence": LICENCE}
+    recipe = recipe_of(distill, data={"mix": [{"mpp": 0.5, "share": 1}]})
+    request = PretrainRequest(recipe, index.uri, out, "job")
+    checked = check_request(request)
+    start_run(checked.store, recipe, index.uri, checked.catalogue.snapshot_id, checked.origins)
+    commit_net(checked.store, recipe, nn.Linear(1, 1), step=1)
+    published.write_bytes(b"of another kind")
+    assert check_request(request).origins == checked.origins
+    published.unlink()
+    with pytest.raises(ModelError, match="there is no file of the teacher's weights"):
+        check_request(request)

@@ -20,6 +20,7 @@ from histoscale.cluster.run_folder import (
     DEFAULT_PRECISION,
     check_same_experiment,
     read_run,
+    recorded_origins,
     recorded_snapshot,
     resolve_precision,
     start_run,
@@ -29,7 +30,7 @@ from histoscale.cluster.watching import Watched
 from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError
-from histoscale.models.published import describe_published, load_published
+from histoscale.models.published import describe_published, load_for
 from histoscale.observe.timeline import Event, Kind, Timeline
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
@@ -94,20 +95,25 @@ def check_request(request: PretrainRequest) -> CheckedRequest:
     spec = PlanSpec.from_recipe(request.recipe)
     plan = Plan(spec, catalogue.rows, catalogue.columns, catalogue.values, catalogue.mask)
     parent, lineage = origin_of(request.fork_from, request.recipe, store)
-    checked = CheckedRequest(request, store, catalogue, plan, (*lineage, *_origins(request.recipe)), parent)
+    origins = _origins(request.recipe, store, lineage)
+    checked = CheckedRequest(request, store, catalogue, plan, origins, parent)
     _resumed_recipe(checked)
     return checked
 
 
-def _origins(recipe: Recipe) -> tuple[str, ...]:
-    """What the run learns from beside slides, found and read before a worker starts."""
-    lines = []
-    if recipe.distill is not None:
-        lines.append(describe_teacher(find_teacher(recipe, recipe.distill), recipe.distill))
-    model = recipe.model
-    if model.weights is not None:
-        published = load_published(model.weights, ARCHS[model.arch], recipe.crops.global_px, model.qk_norm)
-        lines.append(describe_published(model.weights, published))
+def _origins(recipe: Recipe, store: Store, lineage: tuple[str, ...]) -> tuple[str, ...]:
+    """What the run learns from beside slides, found before a worker starts.
+
+    It is read, too, unless the run has a commit: then it recorded what it began with, and only a teacher is still used.
+    """
+    teacher = find_teacher(recipe, recipe.distill) if recipe.distill is not None else None
+    if latest_commit(store) is not None:
+        return tuple(recorded_origins(store))
+    lines = list(lineage)
+    if teacher is not None and recipe.distill is not None:
+        lines.append(describe_teacher(teacher, recipe.distill))
+    if recipe.model.weights is not None:
+        lines.append(describe_published(recipe.model.weights, load_for(recipe, recipe.model.weights)))
     return tuple(lines)
 
 

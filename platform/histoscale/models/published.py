@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from histoscale.config.archs import ARCHS, Arch
+from histoscale.config.recipe import Recipe
 from histoscale.errors import ModelError
 from histoscale.models.vit import VisionTransformer
 from histoscale.storage import Store, open_store
@@ -87,6 +88,12 @@ def load_published(path: str, arch: Arch, image_px: int, qk_norm: bool = False) 
     state[_POSITIONS] = resample_positions(positions_1TD.float(), 1 + arch.registers, grid, wanted)
     resized_from_grid = None if grid == wanted else grid
     return PublishedWeights(state, layout, sha256, resized_from_grid, tuple(sorted(unused)), tuple(sorted(fresh)))
+
+
+def load_for(recipe: Recipe, path: str) -> PublishedWeights:
+    """Read the weights that the backbone of a recipe starts from; see `load_published`."""
+    model = recipe.model
+    return load_published(path, ARCHS[model.arch], recipe.crops.global_px, model.qk_norm)
 
 
 def describe_published(path: str, weights: PublishedWeights) -> str:
