@@ -215,7 +215,7 @@ def test_teachers_that_are_no_finished_run_are_refused(run: Store, export: Path,
         find(heads(open_store(export)))
     empty = open_store(tmp_path / "empty")
     start_run(empty, recipe_of(), "/index", "snapshot")
-    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+    with pytest.raises(CheckpointError, match="empty has no checkpoint yet"):
         find(heads(empty))
     headless, recipe = open_store(tmp_path / "headless"), features(export)
     commit_net(headless, recipe, build_feature_net(recipe, 32), step=1)
@@ -307,9 +307,8 @@ def test_weights_that_are_not_there_are_refused(tmp_path: Path) -> None:
 
 def test_an_image_side_that_does_not_hold_the_teachers_patches_is_refused(published: Path) -> None:
     recipe = features(published, arch="vit_ti16", licence=LICENCE)
-    with pytest.raises(
-        RecipeError, match=r"global_px does not fit the teacher \(got 42; .* 16 px of a patch of vit_ti"
-    ):
+    message = r"does not fit the teacher \(got 42; .* 16 px of a patch of vit_ti16\)\. Set it .* of 112, which fits"
+    with pytest.raises(RecipeError, match=message):
         find(recipe)
 
 
@@ -486,12 +485,15 @@ def test_students_that_see_something_else_are_refused(
 
 def test_students_without_a_common_teacher_are_refused(run: Store, tmp_path: Path) -> None:
     stores = [open_store(tmp_path / name) for name in "ab"]
-    with pytest.raises(RecipeError, match="share a frozen teacher"):
+    with pytest.raises(RecipeError, match=r"share a frozen teacher.*distill=null.*Add the section"):
         build_students([recipe_of(), heads(run)], CPU, stores)
     with pytest.raises(RecipeError, match=r"must agree .*distill"):
         build_students([heads(run), recipe_of()], CPU, stores)
-    with pytest.raises(RecipeError, match="a run folder of its own"):
-        build_students([heads(run), heads(run)], CPU, [stores[0], stores[0]])
+    for folders in ([stores[0], stores[0]], stores[:1], [*stores, open_store(tmp_path / "c")]):
+        with pytest.raises(RecipeError, match=r"run folder of its own .*expected 2 .*Give as many folders as recipes"):
+            build_students([heads(run), heads(run)], CPU, folders)
+    with pytest.raises(RecipeError, match=r"has no student .*a recipe and a run folder for each"):
+        build_students([], CPU, [])
 
 
 def test_what_cannot_be_reached_is_refused(tmp_path: Path, s3_env: S3Server) -> None:

@@ -24,14 +24,7 @@ def trained_backbone(run_store: Store, recipe: Recipe) -> tuple[VisionTransforme
         require_recipe(commit, fingerprint(recipe))
         return load_teacher_backbone(run_store, commit)
 
-    found = read_newest(run_store, read)
-    if found is None:
-        raise CheckpointError(
-            f"run {run_store.uri} has no checkpoint yet",
-            expected="one commit or more",
-            remedy="run jobs/pretrain.py until it says that a checkpoint is committed",
-        )
-    weights, commit = found
+    weights, commit = read_newest(run_store, read)
     return _backbone(recipe, weights), commit
 
 

@@ -132,7 +132,12 @@ def _read(uri: str) -> tuple[Any, str]:
     """What the file holds, and its SHA-256."""
     suffix = Path(uri).suffix
     if suffix not in (".safetensors", ".pth"):
-        raise ModelError("the weights are in no known format", value=uri, expected="a .safetensors or .pth file")
+        raise ModelError(
+            "the weights are in no known format",
+            value=uri,
+            expected="a .safetensors or .pth file",
+            remedy="save the model's state dict with safetensors",
+        )
     with fetched(uri) as (path, sha256):
         try:
             content = load_file(path) if suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
@@ -177,6 +182,7 @@ def _state_dict(content: object) -> tuple[Mapping[str, Tensor], list[str]]:
             "the weights are no state dict",
             value=type(content).__name__,
             expected=f"tensors by name, or a checkpoint with such under {' or '.join(_WRAPPERS)}",
+            remedy="save the model's state dict alone, with safetensors",
         )
     return content, siblings
 
@@ -192,7 +198,12 @@ def _in_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 rest = timm + rest.removeprefix(meta) if rest.startswith(meta) else rest
             ours = f"blocks.{number}.{rest}"
         if ours in named:
-            raise ModelError("two tensors of the weights are for one place", value=name, expected=f"one for {ours}")
+            raise ModelError(
+                "two tensors of the weights are for one place",
+                value=name,
+                expected=f"one for {ours}",
+                remedy="leave one of the two out of the file",
+            )
         named[ours] = tensor
     return named
 
@@ -221,12 +232,14 @@ def _misfit(name: str, found: Shapes, wanted: Shapes) -> ModelError:
         what,
         value=list(found[name]) if name in found else None,
         expected=f"the shape {list(wanted[name])}" if name in wanted else None,
-        remedy=None if name == _POSITIONS else _remedy(found),
+        remedy=_remedy(name, found),
     )
 
 
-def _remedy(found: Shapes) -> str:
+def _remedy(misfit: str, found: Shapes) -> str:
     """Which model the tensors are of."""
+    if misfit == _POSITIONS:
+        return "take weights with a learnt position embedding, as timm and Meta store it"
     qk_norm = _has_qk_norm(found)
     shapes = {name: shape for name, shape in found.items() if name != _POSITIONS}
     fitting = [name for name, arch in ARCHS.items() if _shapes(arch, qk_norm) == shapes]

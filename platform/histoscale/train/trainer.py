@@ -178,7 +178,12 @@ class Trainer:
             TrainingError: The step is not the next one.
         """
         if step != self._next_step:
-            raise TrainingError("a step is out of order", value=step, expected=f"step {self._next_step}")
+            raise TrainingError(
+                "a step is out of order",
+                value=step,
+                expected=f"step {self._next_step}",
+                remedy="begin at the step that `resume` returns, and take each once",
+            )
         return self._train_step.prepare(step, micro_batches)
 
     def update(
@@ -251,6 +256,7 @@ class Trainer:
                 "a checkpoint is asked for at another step than the trainer's",
                 value=step,
                 expected=f"step {self._next_step}, after at least one step",
+                remedy="save when as many steps have been taken",
             )
 
     def _note(self, commit: Commit) -> None:
