@@ -18,7 +18,7 @@ from histoscale.checkpoint.fragments import EMA, MASTER, Fragment
 from histoscale.checkpoint.manifest import decode_commit, encode
 from histoscale.checkpoint.reader import latest_commit, load_teacher_backbone, require_teacher
 from histoscale.checkpoint.writer import Snapshot, write_checkpoint
-from histoscale.cluster.pretrain import PretrainRequest, check_request
+from histoscale.cluster.pretrain import PretrainRequest, _memory, check_request
 from histoscale.cluster.run_folder import start_run
 from histoscale.config.archs import ARCHS
 from histoscale.config.decode import decode_recipe, fingerprint
@@ -542,6 +542,14 @@ def test_a_job_says_which_published_weights_it_starts_from_or_why_it_cannot(tmp_
         check_request(request)
     commit_net(checked.store, recipe, nn.Linear(1, 1), step=1)
     assert check_request(request).origins == (line,)
+
+
+def test_the_forecast_of_a_job_counts_its_teacher(run: Store, published: Path) -> None:
+    of_heads = heads(run, model={"arch": "vit_micro14"}, heads={"hidden_dim": 20})
+    of_features = features(published, arch="vit_test14", licence=LICENCE)
+    networks = (build_ssl_net(recipe_of()), VisionTransformer(ARCHS["vit_test14"], 42))
+    for recipe, network in zip((of_heads, of_features), networks, strict=True):
+        assert _memory(recipe, "cpu").items["teacher"] == 4 * sum(each.numel() for each in network.parameters())
 
 
 def test_a_resumed_student_of_a_file_is_checked_without_reading_it(published: Path, tmp_path: Path) -> None:

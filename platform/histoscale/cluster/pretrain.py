@@ -27,7 +27,6 @@ from histoscale.cluster.run_folder import (
 )
 from histoscale.cluster.segments import next_segments, out_from, read_segments, write_segments
 from histoscale.cluster.watching import Watched
-from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError
 from histoscale.models.published import describe_published, load_for
@@ -41,7 +40,7 @@ from histoscale.stream.faults import Quarantined
 from histoscale.stream.reader import ReaderSpec
 from histoscale.stream.windows import FeedSpec
 from histoscale.train.memory import MemoryForecast, forecast
-from histoscale.train.teacher_source import describe_teacher, find_teacher
+from histoscale.train.teacher_source import describe_teacher, find_teacher, taught_by
 
 
 @dataclass(frozen=True)
@@ -171,8 +170,7 @@ def _go_on(checked: CheckedRequest, device: str, lease: Lease, tell: Callable[[s
         tell(line)
     for line in checked.origins:
         tell(line)
-    if recipe.distill is None:
-        tell(f"memory: {_memory(recipe, device).line()}")
+    tell(f"memory: {_memory(recipe, device).line()}")
     tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
     bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
     with _recorded(store, recipe, start) as timeline:
@@ -203,9 +201,10 @@ def _recorded(store: Store, recipe: Recipe, start: int) -> Iterator[Timeline]:
 
 
 def _memory(recipe: Recipe, device: str) -> MemoryForecast:
+    teacher = None if recipe.distill is None else taught_by(recipe, find_teacher(recipe, recipe.distill))
     cluster, dtype = recipe.cluster, torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     on: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
-    return forecast(recipe, ARCHS[recipe.model.arch], cluster.worker_bounds[0], cluster.zero_stage, dtype, on)
+    return forecast(recipe, cluster.worker_bounds[0], cluster.zero_stage, dtype, on, teacher)
 
 
 def _committed_step(store: Store) -> int:

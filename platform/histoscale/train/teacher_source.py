@@ -7,7 +7,7 @@ from histoscale.checkpoint.manifest import Commit
 from histoscale.checkpoint.reader import require_commit, require_recipe
 from histoscale.config.archs import ARCHS
 from histoscale.config.decode import decode_recipe, fingerprint, parse_yaml
-from histoscale.config.recipe import DistillSection, Recipe
+from histoscale.config.recipe import DistillSection, ModelSection, Recipe
 from histoscale.errors import ModelError, RecipeError
 from histoscale.export.exported import read_export
 from histoscale.models.published import fetched, located
@@ -82,6 +82,13 @@ def describe_teacher(source: TeacherRun | TeacherWeights, distill: DistillSectio
         what = f"features of {source.arch} from {source.uri}"
     licence = f", licence: {distill.licence}" if distill.licence else ""
     return f"teacher: {what}, {source.fingerprint()}{licence}"
+
+
+def taught_by(recipe: Recipe, source: TeacherRun | TeacherWeights) -> Recipe:
+    """A student's recipe with its teacher's network in place of its own."""
+    if isinstance(source, TeacherRun):
+        return recipe.model_copy(update={"model": source.recipe.model, "heads": source.recipe.heads})
+    return recipe.model_copy(update={"model": ModelSection(arch=source.arch, drop_path=0.0, qk_norm=source.qk_norm)})
 
 
 def require_same_targets(student: Recipe, teacher: Recipe) -> None:
