@@ -353,7 +353,9 @@ def test_a_group_equals_its_students_alone_and_the_teacher_looks_once(runs: Path
     assert report["from"] == 0
     assert report["unchanged"]
     assert report["calls"] == [6] * (STEPS * 4)
-    assert report["again"].startswith("TrainingError: every student has taken this step")
+    assert report["again"].startswith(
+        "TrainingError: every student has taken this step (got 2; expected step 3). Begin"
+    )
     for mode, alone in (("heads", ("heads-1-2", "heads-other")), ("features", ("features-1-2", "features-fine"))):
         for number, name in enumerate(alone):
             expected = metrics_of(runs / name)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from histoscale.bench.quickstart import accuracy
 from histoscale.evaluate.probes import Figure as ProbeFigure
@@ -39,6 +40,33 @@ def test_a_missing_or_unknown_name_is_refused_with_the_known_ones(arguments: tup
     assert done.returncode == 2
     assert done.stdout == ""
     assert "overhead" in done.stderr or "NAME" in done.stderr
+
+
+def test_trainers_of_one_process_give_their_memory_back() -> None:
+    code = """
+import gc, weakref, torch
+from histoscale.bench.step import only_rank, random_tiles, step_recipe, trainer_of
+def state_of(folder):
+    recipe = step_recipe("vit_test14", 2, 8, "bf16")
+    with trainer_of(recipe, torch.device("cpu"), folder / "run") as trainer:
+        trainer.step(0, [random_tiles(recipe)])
+        deepspeed = trainer.student.deepspeed
+        return [weakref.ref(each) for each in (deepspeed.optimizer, next(deepspeed.module.parameters()))]
+with only_rank("cpu") as folder:
+    left = state_of(folder)
+    gc.collect()
+    print([each() is None for each in left])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[True, True]"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", ["augment", "memory", "step"])
+def test_a_gpu_that_is_not_there_is_refused(name: str) -> None:
+    done = bench(name, "--device", "cuda")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "this machine has no CUDA device, so give cpu" in done.stderr
 
 
 def test_the_accuracy_is_the_mean_over_the_seeds_beside_the_untrained_one() -> None:

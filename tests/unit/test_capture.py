@@ -214,6 +214,15 @@ def test_a_state_that_does_not_fit_is_refused_with_a_remedy_of_its_own(
         replays._rerun(store, Recipe(), capture, [], torch.device("cpu"))
 
 
+def test_a_replay_is_of_one_process_and_needs_no_file_of_weights(store: Store) -> None:
+    model, cluster = {"weights": "/gone.pth"}, {"zero_stage": 1, "workers": 4, "compile": True}
+    recipe = Recipe.model_validate({"model": model, "cluster": cluster})
+    start_run(store, recipe, "/index", "0" * 16)
+    found = replays._recipe_of(store, read_capture(store, write(store, recipe=fingerprint(recipe))), ("seed=4",))
+    assert (found.model.weights, found.seed) == (None, 4)
+    assert (found.cluster.workers, found.cluster.zero_stage, found.cluster.compile) == (1, 2, False)
+
+
 def test_tiles_that_are_others_now_are_found_by_replica(store: Store) -> None:
     capture = read_capture(store, write(store))
     now = [_micro_batch(0, TILES), _micro_batch(1, TILES + 1)]

@@ -257,7 +257,8 @@ def test_a_corrupt_checkpoint_is_named_where_those_before_are_torn(store: Store)
 
 
 def test_a_reader_of_a_run_without_commits_finds_nothing(store: Store) -> None:
-    assert read_newest(store, lambda commit: load_teacher(store, commit)) is None
+    with pytest.raises(CheckpointError, match=r"^run .* has no checkpoint yet \(expected one commit or more\)\. Let"):
+        read_newest(store, lambda commit: load_teacher(store, commit))
 
 
 def test_no_flipped_bit_of_a_marker_passes(store: Store) -> None:

@@ -18,7 +18,7 @@ from histoscale.checkpoint.fragments import EMA, MASTER, Fragment
 from histoscale.checkpoint.manifest import decode_commit, encode
 from histoscale.checkpoint.reader import latest_commit, load_teacher_backbone, require_teacher
 from histoscale.checkpoint.writer import Snapshot, write_checkpoint
-from histoscale.cluster.pretrain import PretrainRequest, check_request
+from histoscale.cluster.pretrain import PretrainRequest, _memory, check_request
 from histoscale.cluster.run_folder import start_run
 from histoscale.config.archs import ARCHS
 from histoscale.config.decode import decode_recipe, fingerprint
@@ -38,6 +38,7 @@ from histoscale.train.features import FeatureObjective, Features
 from histoscale.train.objective import Inputs
 from histoscale.train.students import build_students
 from histoscale.train.teacher_source import TeacherRun, TeacherWeights, describe_teacher, find_teacher
+from histoscale.train.warm_start import start_from_published
 
 CPU = torch.device("cpu")
 LICENCE = "CC0"
@@ -214,7 +215,7 @@ def test_teachers_that_are_no_finished_run_are_refused(run: Store, export: Path,
         find(heads(open_store(export)))
     empty = open_store(tmp_path / "empty")
     start_run(empty, recipe_of(), "/index", "snapshot")
-    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+    with pytest.raises(CheckpointError, match="empty has no checkpoint yet"):
         find(heads(empty))
     headless, recipe = open_store(tmp_path / "headless"), features(export)
     commit_net(headless, recipe, build_feature_net(recipe, 32), step=1)
@@ -306,9 +307,8 @@ def test_weights_that_are_not_there_are_refused(tmp_path: Path) -> None:
 
 def test_an_image_side_that_does_not_hold_the_teachers_patches_is_refused(published: Path) -> None:
     recipe = features(published, arch="vit_ti16", licence=LICENCE)
-    with pytest.raises(
-        RecipeError, match=r"global_px does not fit the teacher \(got 42; .* 16 px of a patch of vit_ti"
-    ):
+    message = r"does not fit the teacher \(got 42; .* 16 px of a patch of vit_ti16\)\. Set it .* of 112, which fits"
+    with pytest.raises(RecipeError, match=message):
         find(recipe)
 
 
@@ -447,9 +447,12 @@ def test_a_student_of_features_is_evaluated_and_exported_as_any_other(export: Pa
     assert load(features(tmp_path / "again"))(images).cls.shape == (1, 32)
 
 
-def test_a_student_of_features_starts_from_published_weights_where_the_recipe_names_them(published: Path) -> None:
+def test_a_student_of_features_starts_from_published_weights_where_the_recipe_names_them(
+    published: Path, tmp_path: Path
+) -> None:
     warm = recipe_of(model={"weights": str(published)}, crops={"global_px": 56})
     started, fresh = build_feature_net(warm, 7), build_feature_net(recipe_of(crops={"global_px": 56}), 7)
+    start_from_published(started, warm, open_store(tmp_path / "student"))
     state = published_net().state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in started.backbone.state_dict().items())
     assert torch.equal(started.cls_projector.weight, fresh.cls_projector.weight)
@@ -482,12 +485,15 @@ def test_students_that_see_something_else_are_refused(
 
 def test_students_without_a_common_teacher_are_refused(run: Store, tmp_path: Path) -> None:
     stores = [open_store(tmp_path / name) for name in "ab"]
-    with pytest.raises(RecipeError, match="share a frozen teacher"):
+    with pytest.raises(RecipeError, match=r"share a frozen teacher.*distill=null.*Add the section"):
         build_students([recipe_of(), heads(run)], CPU, stores)
     with pytest.raises(RecipeError, match=r"must agree .*distill"):
         build_students([heads(run), recipe_of()], CPU, stores)
-    with pytest.raises(RecipeError, match="a run folder of its own"):
-        build_students([heads(run), heads(run)], CPU, [stores[0], stores[0]])
+    for folders in ([stores[0], stores[0]], stores[:1], [*stores, open_store(tmp_path / "c")]):
+        with pytest.raises(RecipeError, match=r"run folder of its own .*expected 2 .*Give as many folders as recipes"):
+            build_students([heads(run), heads(run)], CPU, folders)
+    with pytest.raises(RecipeError, match=r"has no student .*a recipe and a run folder for each"):
+        build_students([], CPU, [])
 
 
 def test_what_cannot_be_reached_is_refused(tmp_path: Path, s3_env: S3Server) -> None:
@@ -525,7 +531,37 @@ def test_a_job_says_which_published_weights_it_starts_from_or_why_it_cannot(tmp_
     with pytest.raises(StorageError):
         check_request(request)
     save_file(dict(VisionTransformer(ARCHS["vit_test14"], 224).state_dict()), file)
-    (line,) = check_request(request).origins
+    checked = check_request(request)
+    (line,) = checked.origins
     assert line.startswith(f"weights: {file} in timm's layout, sha256:")
-    net = build_ssl_net(recipe)
-    assert torch.equal(net.backbone.pos_embed, load_file(file)["pos_embed"])
+    assert torch.equal(initial_backbone(recipe).pos_embed, load_file(file)["pos_embed"])
+
+    start_run(checked.store, recipe, index.uri, checked.catalogue.snapshot_id, checked.origins)
+    file.unlink()
+    with pytest.raises(StorageError):
+        check_request(request)
+    commit_net(checked.store, recipe, nn.Linear(1, 1), step=1)
+    assert check_request(request).origins == (line,)
+
+
+def test_the_forecast_of_a_job_counts_its_teacher(run: Store, published: Path) -> None:
+    of_heads = heads(run, model={"arch": "vit_micro14"}, heads={"hidden_dim": 20})
+    of_features = features(published, arch="vit_test14", licence=LICENCE)
+    networks = (build_ssl_net(recipe_of()), VisionTransformer(ARCHS["vit_test14"], 42))
+    for recipe, network in zip((of_heads, of_features), networks, strict=True):
+        assert _memory(recipe, "cpu").items["teacher"] == 4 * sum(each.numel() for each in network.parameters())
+
+
+def test_a_resumed_student_of_a_file_is_checked_without_reading_it(published: Path, tmp_path: Path) -> None:
+    index, out = an_index(tmp_path), str(tmp_path / "student")
+    distill = {"teacher": str(published), "mode": "features", "arch": "vit_test14", "licence": LICENCE}
+    recipe = recipe_of(distill, data={"mix": [{"mpp": 0.5, "share": 1}]})
+    request = PretrainRequest(recipe, index.uri, out, "job")
+    checked = check_request(request)
+    start_run(checked.store, recipe, index.uri, checked.catalogue.snapshot_id, checked.origins)
+    commit_net(checked.store, recipe, nn.Linear(1, 1), step=1)
+    published.write_bytes(b"of another kind")
+    assert check_request(request).origins == checked.origins
+    published.unlink()
+    with pytest.raises(ModelError, match="there is no file of the teacher's weights"):
+        check_request(request)

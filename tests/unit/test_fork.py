@@ -243,7 +243,7 @@ def test_a_missing_parent_is_named(parent_run: Store, new_run: Store, tmp_path: 
         find_parent(ForkSource(parent_run.uri, 3), recipe, new_run)
     young = open_store(tmp_path / "young")
     start_run(young, recipe, "/index", "snapshot")
-    with pytest.raises(CheckpointError, match="no checkpoint to fork from"):
+    with pytest.raises(CheckpointError, match="young has no checkpoint yet"):
         find_parent(ForkSource(young.uri, None), recipe, new_run)
 
 

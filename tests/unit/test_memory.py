@@ -9,19 +9,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from histoscale.augment.crops import Views
 from histoscale.bench.memory import Peak, cases
 from histoscale.config.archs import ARCHS, Arch
 from histoscale.config.decode import decode_recipe
 from histoscale.config.recipe import Recipe
-from histoscale.errors import RecipeError
+from histoscale.models.feature_net import FeatureNet
 from histoscale.models.heads import ProjectionHead
 from histoscale.models.ssl import SSLNet
-from histoscale.models.vit import Block
+from histoscale.models.vit import Block, VisionTransformer
 from histoscale.objectives import sinkhorn
 from histoscale.objectives.cross_entropy import cross_entropy
-from histoscale.train.activations import Rank, balancing_bytes, block_bytes, saved_by_heads, saved_by_loss
+from histoscale.train.activations import (
+    Rank,
+    balancing_bytes,
+    block_bytes,
+    saved_by_heads,
+    saved_by_loss,
+    seen_bytes,
+)
+from histoscale.train.feature_activations import saved_by_cosines, saved_by_projectors
+from histoscale.train.features import FeatureObjective, Features
 from histoscale.train.groups import parameter_groups
 from histoscale.train.memory import MemoryForecast, forecast, largest_group, network_parameters, state_items
+from histoscale.train.objective import Inputs
 
 DTYPES = (torch.float32, torch.bfloat16)
 SMALL = Arch(patch_px=14, depth=1, width=64, heads=4)
@@ -60,7 +71,19 @@ def test_parameters_are_those_of_the_network(name: str, qk_norm: bool, shared: b
     recipe = recipe_of(model={"arch": name, "qk_norm": qk_norm}, crops=crops, heads={"shared": shared})
     with torch.device("meta"):
         net = SSLNet(recipe)
-    assert network_parameters(recipe, ARCHS[name]) == sum(parameter.numel() for parameter in net.parameters())
+    rank = rank_of(recipe, ARCHS[name], torch.float32)
+    assert network_parameters(rank) == sum(parameter.numel() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["vit_s14", "vit_h14_reg4"])
+def test_parameters_and_largest_group_are_those_of_a_student_of_features(name: str) -> None:
+    recipe = features_of(name)
+    with torch.device("meta"):
+        net = FeatureNet(recipe, 768)
+    rank = replace(rank_of(recipe, ARCHS[name], torch.float32), projects_to=768)
+    assert network_parameters(rank) == sum(parameter.numel() for parameter in net.parameters())
+    largest = max(sum(each.numel() for each in group["params"]) for group in parameter_groups(net, recipe.optim))
+    assert largest_group(rank) == pytest.approx(largest, rel=0.01)
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.9])
@@ -70,7 +93,7 @@ def test_the_largest_group_is_the_optimisers(name: str, layer_decay: float) -> N
     with torch.device("meta"):
         groups = parameter_groups(SSLNet(recipe), recipe.optim)
     largest = max(sum(parameter.numel() for parameter in group["params"]) for group in groups)
-    assert largest_group(recipe, ARCHS[name]) == pytest.approx(largest, rel=0.01)
+    assert largest_group(rank_of(recipe, ARCHS[name], torch.float32)) == pytest.approx(largest, rel=0.01)
 
 
 @pytest.mark.parametrize("local_count", [0, 4])
@@ -118,7 +141,7 @@ def test_the_loss_keeps_its_gradients(dtype: torch.dtype) -> None:
 
 def forecast_of(stage: int, workers: int, dtype: torch.dtype = torch.bfloat16, **sections: Any) -> MemoryForecast:
     recipe = recipe_of(**{"model": {"arch": "vit_s14", "drop_path": 0.0}, **sections})
-    return forecast(recipe, ARCHS["vit_s14"], workers, stage, dtype)
+    return forecast(recipe, workers, stage, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -146,14 +169,15 @@ def test_more_workers_and_checkpointing_need_no_more(stage: int, dtype: torch.dt
 
 @pytest.mark.parametrize(("stage", "dtype", "bucket"), [(2, "bf16", 1e9), (2, "fp32", 2e9), (3, "bf16", 2e9)])
 def test_a_gpu_holds_the_whole_bucket_and_a_cpu_what_is_used_of_it(stage: int, dtype: str, bucket: float) -> None:
-    recipe, arch = recipe_of(model={"arch": "vit_s14"}), ARCHS["vit_s14"]
+    recipe = recipe_of(model={"arch": "vit_s14"})
     on_gpu, on_cpu = (
-        forecast(recipe, arch, 2, stage, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], device)
+        forecast(recipe, 2, stage, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], device)
         for device in ("cuda", "cpu")
     )
     moment = "reduction of the gradients"
-    used = network_parameters(recipe, arch) * bucket / 500_000_000
-    scattering = network_parameters(recipe, arch) * 4 if stage == 3 else 0  # gloo's copy
+    count = network_parameters(rank_of(recipe, ARCHS["vit_s14"], torch.float32))
+    used = count * bucket / 500_000_000
+    scattering = count * 4 if stage == 3 else 0  # gloo's copy
     assert on_gpu.moments[moment] - on_cpu.moments[moment] == pytest.approx(bucket - used - scattering, rel=1e-6)
 
 
@@ -168,24 +192,71 @@ def test_logits_of_many_rows_are_bounded_by_a_chunk(dtype: torch.dtype) -> None:
     assert more == many == 2**24 * (4 + narrow)
 
 
-def test_a_frozen_teacher_of_another_size_is_counted() -> None:
+def test_a_frozen_teacher_is_counted_with_its_own_model_and_heads() -> None:
     recipe = recipe_of(model={"arch": "vit_s14", "drop_path": 0.0}, distill={"teacher": "/runs/teacher"})
-    own, large = (
-        forecast(recipe, ARCHS["vit_s14"], 1, 2, torch.bfloat16, teacher=teacher)
-        for teacher in (None, ARCHS["vit_h14"])
-    )
-    more = network_parameters(recipe, ARCHS["vit_h14"]) - network_parameters(recipe, ARCHS["vit_s14"])
-    assert large.items["teacher"] - own.items["teacher"] == 2 * more
+    values = recipe.model_dump()
+    values["model"] |= {"arch": "vit_h14", "qk_norm": True}
+    values["heads"] |= {"hidden_dim": 512, "ibot_bottleneck_dim": 128}
+    teacher = Recipe.model_validate(values)
+    alike, other = (forecast(recipe, 1, 2, torch.bfloat16, teacher=each).items for each in (recipe, teacher))
+    with torch.device("meta"):
+        (student, network) = (sum(each.numel() for each in SSLNet(of).parameters()) for of in (recipe, teacher))
+    assert (alike["teacher"], other["teacher"]) == (2 * student, 2 * network)
+    assert other["teacher's prototypes"] == 2 * 131_072 * (384 + 128)
+    # 4 local micro-batches of 4 tiles: two class tokens and twice 16 x 16 patches each.
+    assert other["what the teacher saw"] == 2 * 16 * (2 * 384 + 2 * 256 * 128)
 
 
-def test_distillation_from_features_is_refused() -> None:
-    recipe = recipe_of(
-        model={"drop_path": 0.0},
-        crops={"local_count": 0},
-        distill={"teacher": "/runs/teacher", "mode": "features"},
-    )
-    with pytest.raises(RecipeError, match="distillation from features"):
-        forecast(recipe, ARCHS["vit_h14"], 1, 2, torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("teacher", ["vit_b14_reg4", "vit_b16"])
+def test_projectors_and_cosines_keep_what_is_counted(teacher: str, dtype: torch.dtype) -> None:
+    recipe, theirs = features_of("vit_s14"), ARCHS[teacher]
+    rank = replace(rank_of(recipe, ARCHS["vit_s14"], dtype), projects_to=theirs.width)
+    looks = replace(rank, arch=theirs, projects_to=0)
+    (images, count), (_, their_count) = rank.spans[0], looks.spans[0]
+    seen = torch.randn(images, their_count, theirs.width, dtype=dtype)
+    assert rank.turns * seen.nbytes == seen_bytes(looks)
+    features = Features(seen[:, 0], seen[:, 1 + theirs.registers :])
+    tokens = torch.randn(images, count, 384, dtype=dtype, requires_grad=True)
+
+    class Loss(nn.Module):
+        """The projectors of `FeatureNet`, and the objective's loss."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.cls, self.patch = nn.Linear(384, theirs.width), nn.Linear(384, theirs.width)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            out = {"cls": tokens[:, 0], "cls_features": self.cls(tokens[:, 0])}
+            out["patch_features"] = self.patch(tokens[:, 1:])
+            objective = FeatureObjective(recipe, distill, lambda crops: features)
+            inputs = Inputs(0, Views(torch.empty(0), None), torch.empty(0))
+            return objective.losses(lambda crops: out, inputs, features)
+
+    distill = recipe.distill
+    assert distill is not None
+    norms = 2 * 4 * images * (1 + rank.patches // images)  # of the student's rows, and those clamped
+    kept = kept_by(Loss().to(dtype), tokens) - tokens.nbytes  # the last norm's output is counted with the blocks
+    assert saved_by_projectors(rank) + saved_by_cosines(rank) + norms == kept
+
+
+def features_of(name: str) -> Recipe:
+    distill = {"teacher": "/runs/export", "mode": "features"}
+    return recipe_of(model={"arch": name, "drop_path": 0.0}, crops={"local_count": 0}, distill=distill)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_teacher_of_features_is_its_backbone_and_its_student_has_no_heads(dtype: torch.dtype) -> None:
+    recipe = features_of("vit_s14")
+    teacher = recipe.model_copy(update={"model": recipe.model.model_copy(update={"arch": "vit_b16", "qk_norm": True})})
+    told = forecast(recipe, 2, 2, dtype, teacher=teacher)
+    with torch.device("meta"):
+        backbone = VisionTransformer(ARCHS["vit_b16"], 224, qk_norm=True)
+        net = FeatureNet(recipe, 768)
+    assert told.items["teacher"] == dtype.itemsize * sum(each.numel() for each in backbone.parameters())
+    assert told.items["weights"] == dtype.itemsize * sum(each.numel() for each in net.parameters())
+    assert not told.items.get("teacher's prototypes")
+    assert told.total_bytes < forecast(recipe_of(model={"arch": "vit_s14"}), 2, 2, dtype).total_bytes
 
 
 def test_the_total_is_that_of_the_largest_moment_and_of_its_items() -> None:
@@ -197,7 +268,7 @@ def test_the_total_is_that_of_the_largest_moment_and_of_its_items() -> None:
 
 
 def test_the_benchmark_covers_all_stages_and_measures_what_is_written() -> None:
-    assert len(set(cases("cpu"))) == 3 * 2 * 2 * 2
+    assert len(set(cases("cpu"))) == 3 * 2 * 2 * 2 + 3 * 2 * 2
     with Peak(torch.device("cpu")) as peak:
         pages = mmap.mmap(-1, 1 << 26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # malloc may have as much left over
         np.frombuffer(pages, np.uint8)[:] = 1

@@ -306,7 +306,7 @@ def test_norms_of_queries_and_keys_that_the_model_lacks_are_refused(tmp_path: Pa
         ),
         (lambda state: state | {"pos_embed": torch.ones(50, 48)}, "tensor pos_embed .*\\[50, 48\\]"),
         (lambda state: state | {"pos_embed": torch.ones(1, 50, 40)}, "pos_embed .*40\\]; expected .*\\[1, 50, 48\\]"),
-        (lambda state: without(state, "pos_embed"), "lack the tensor pos_embed"),
+        (lambda state: without(state, "pos_embed"), "lack the tensor pos_embed.* a learnt position embedding"),
         (lambda state: state | {"blocks.0.1.norm1.bias": torch.ones(48)}, "two tensors .*one for blocks.1.norm1.bias"),
         (lambda state: without(state, "cls_token"), "no class token"),
         (lambda state: {}, "no class token \\(got 'no tensor at all'"),

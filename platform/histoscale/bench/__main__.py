@@ -39,6 +39,8 @@ def main() -> None:
         help="where `augment`, `checkpoint`, `memory` and `step` train",
     )
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not _has_gpu():
+        parser.error("argument --device: this machine has no CUDA device, so give cpu")
     # Each has a module of its own, and only that is loaded: training needs no Ray, and streams need no DeepSpeed.
     benchmark = getattr(importlib.import_module(f"histoscale.bench.{arguments.name}"), arguments.name)
     options = {"device": arguments.device} if "device" in inspect.signature(benchmark).parameters else {}
@@ -47,6 +49,12 @@ def main() -> None:
         for figure in benchmark(**options):
             figures_to.write(figure.line() + "\n")
             figures_to.flush()
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from histoscale.bench.step import (
     only_rank,
     random_tiles,
     step_recipe,
+    trainer_of,
 )
 from histoscale.config.recipe import Recipe
-from histoscale.storage import open_store
-from histoscale.train.trainer import build_trainer
 
 
 def augment(device: str = "cpu") -> Iterator[Figure]:
@@ -35,10 +34,10 @@ def augment(device: str = "cpu") -> Iterator[Figure]:
 
 def _seconds(recipe: Recipe, device: torch.device, run: Path) -> dict[str, float]:
     tiles, steps = random_tiles(recipe), iter(range(10**9))
-    trainer = build_trainer(recipe, device, open_store(run))
-    return fastest(
-        {
-            "step": lambda: trainer.step(next(steps), [tiles]),
-            "augment": lambda: all_views(recipe, tiles, device),
-        }
-    )
+    with trainer_of(recipe, device, run) as trainer:
+        return fastest(
+            {
+                "step": lambda: trainer.step(next(steps), [tiles]),
+                "augment": lambda: all_views(recipe, tiles, device),
+            }
+        )

@@ -1,6 +1,7 @@
 """How far the forecast of a rank's memory is from what a step takes, over ZeRO stages, precisions and workers.
 
-Each case runs in processes of its own, and takes two steps of a ViT-S/14. On the CPU a rank's memory is what the system
+Each case runs in processes of its own, and takes two steps of a ViT-S/14: in pretraining, or as the student of a ViT-B,
+by its heads or its features. On the CPU a rank's memory is what the system
 holds for it beyond what it held before the trainer was built; pages that belong to files do not count. The C library is
 told to give back what is freed. On a GPU it is what PyTorch has allocated. Nothing here needs Ray.
 """
@@ -13,28 +14,37 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from histoscale.bench.figure import Figure
 from histoscale.bench.step import DTYPES, Tiles
 from histoscale.config.archs import ARCHS
-from histoscale.config.decode import decode_recipe
+from histoscale.config.decode import decode_recipe, dump_recipe
 from histoscale.config.recipe import Recipe
+from histoscale.models import VisionTransformer
+from histoscale.models.weights import initialise
 from histoscale.sampling.replicas import replicas_of
 from histoscale.storage import open_store
 from histoscale.train.memory import forecast
-from histoscale.train.trainer import build_trainer
+from histoscale.train.trainer import Trainer, build_trainer
+
+Mode: TypeAlias = Literal["pretraining", "heads", "features"]
 
 _STEPS = 2
 _SAMPLE_S = 0.002
 _TIMEOUT_S = 900.0
+_TEACHERS: dict[Mode, str] = {
+    "heads": "vit_b14",
+    "features": "vit_b16",
+}  # the latter sees a coarser grid than its student
 # A fixed threshold: otherwise the C library raises it with every large tensor that is freed, and keeps later ones.
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
@@ -48,8 +58,9 @@ class Case:
     precision: str
     checkpointing: bool
     device: str
+    mode: Mode = "pretraining"
 
-    def recipe(self, arch: str = "vit_s14", prototypes: int = 4096) -> Recipe:
+    def recipe(self, arch: str = "vit_s14", prototypes: int = 4096, local_count: int = 8) -> Recipe:
         """Two replicas of two tiles: about as many bytes of activations as of state."""
         return decode_recipe(
             {
@@ -57,6 +68,7 @@ class Case:
                 "batch": {"tiles": 4, "replicas": 2},
                 "model": {"arch": arch, "drop_path": 0.0},
                 "heads": {"dino_prototypes": prototypes, "ibot_prototypes": prototypes},
+                "crops": {"local_count": local_count},
                 "schedule": {"images": 1_000_000},
                 "cluster": {
                     "zero_stage": self.zero_stage,
@@ -66,11 +78,27 @@ class Case:
             }
         )
 
+    def student(self, folder: Path) -> Recipe:
+        """What is measured; in distillation with a teacher in the folder."""
+        if self.mode == "pretraining":
+            return self.recipe()
+        if self.mode == "heads":
+            return decode_recipe(self.recipe().model_dump() | {"distill": {"teacher": str(folder / "teacher")}})
+        file = {"teacher": str(folder / "teacher.safetensors"), "arch": _TEACHERS[self.mode], "licence": "random"}
+        return decode_recipe(self.recipe(local_count=0).model_dump() | {"distill": {"mode": self.mode, **file}})
+
 
 def cases(device: str) -> list[Case]:
-    """All stages, numbers of workers that there are devices for, precisions, with and without checkpointing."""
-    workers = range(1, 3 if device == "cpu" else 1 + min(2, torch.cuda.device_count()))
-    return [Case(*each, device) for each in product((1, 2, 3), workers, DTYPES, (False, True))]
+    """All stages, numbers of workers that there are devices for, precisions, with and without checkpointing.
+
+    Distillation runs on as many workers as there can be, without checkpointing.
+    """
+    workers = (1, 2) if device == "cpu" or torch.cuda.device_count() > 1 else (1,)
+    pretraining = [Case(*each, device) for each in product((1, 2, 3), workers, DTYPES, (False, True))]
+    return pretraining + [
+        Case(stage, workers[-1], precision, False, device, mode)
+        for stage, precision, mode in product((1, 2, 3), DTYPES, _TEACHERS)
+    ]
 
 
 def memory(device: str = "cpu") -> Iterator[Figure]:
@@ -82,10 +110,12 @@ def memory(device: str = "cpu") -> Iterator[Figure]:
 
 def compare(case: Case) -> dict[str, Any]:
     """The forecast of a case beside what its first rank took."""
-    recipe = case.recipe()
-    arch, dtype = ARCHS[recipe.model.arch], DTYPES[case.precision]
+    recipe, teacher = case.student(Path("/")), None
+    if case.mode != "pretraining":
+        model = recipe.model.model_copy(update={"arch": _TEACHERS[case.mode]})
+        teacher = recipe.model_copy(update={"model": model})
     on: Literal["cpu", "cuda"] = "cpu" if case.device == "cpu" else "cuda"
-    predicted = forecast(recipe, arch, case.workers, case.zero_stage, dtype, on)
+    predicted = forecast(recipe, case.workers, case.zero_stage, DTYPES[case.precision], on, teacher)
     measured = measure(case)
     return {
         **asdict(case),
@@ -126,15 +156,31 @@ def run_rank(case: Case, folder: Path) -> None:
     backend = "gloo" if device.type == "cpu" else "nccl"
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
     _take_steps(case.recipe("vit_test14", 64), device, folder / "small")
+    _make_teacher(case, device, folder)
     gc.collect()
     with Peak(device) as peak:
-        _take_steps(case.recipe(), device, folder / "run")
+        _take_steps(case.student(folder), device, folder / "run")
     dist.destroy_process_group()
     if rank == 0:
         (folder / "measured").write_text(str(peak.bytes))
 
 
-def _take_steps(recipe: Recipe, device: torch.device, run: Path) -> None:
+def _make_teacher(case: Case, device: torch.device, folder: Path) -> None:
+    """What the case distils from (collective): a run of one short step, or a file of weights as they are drawn."""
+    if case.mode == "heads":
+        recipe = replace(case, zero_stage=2, precision="fp32").recipe(_TEACHERS[case.mode], local_count=0)
+        trainer = _take_steps(recipe, device, folder / "teacher", steps=1)
+        trainer.save(1)
+        trainer.student.close()
+        open_store(folder / "teacher").put("recipe.yaml", dump_recipe(recipe).encode())
+    elif case.mode == "features" and dist.get_rank() == 0:
+        net = VisionTransformer(ARCHS[_TEACHERS[case.mode]], case.recipe().crops.global_px)
+        initialise(net, seed=0)
+        save_file(net.state_dict(), folder / "teacher.safetensors")
+    dist.barrier()
+
+
+def _take_steps(recipe: Recipe, device: torch.device, run: Path, steps: int = _STEPS) -> Trainer:
     trainer = build_trainer(recipe, device, open_store(run))
     mine = replicas_of(dist.get_rank(), dist.get_world_size(), recipe.batch.replicas)
     side_px, count = recipe.data.region_px, recipe.batch.per_replica
@@ -143,8 +189,9 @@ def _take_steps(recipe: Recipe, device: torch.device, run: Path) -> None:
         None if replica is None else Tiles(pixels, np.arange(count, dtype=np.int64) + count * replica, replica)
         for replica in mine
     ]
-    for step in range(_STEPS):
+    for step in range(steps):
         trainer.step(step, batches)
+    return trainer
 
 
 class Peak:

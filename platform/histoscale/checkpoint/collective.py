@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from histoscale.errors import HistoscaleError
 
@@ -31,6 +32,29 @@ def everywhere(is_so: bool) -> bool:
     flag = torch.tensor(int(is_so), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag.item())
+
+
+@torch.no_grad()
+def receive(network: nn.Module, read: Callable[[], tuple[dict[str, Tensor], T]]) -> T:
+    """Fill a network on every rank with what the first one reads, one parameter after the other (collective).
+
+    Args:
+        network: On the device of the process group. A parameter that is not read becomes that of the first rank.
+        read: Gives weights by the names of parameters, and something to tell all ranks.
+    """
+    weights: dict[str, Tensor] = {}
+
+    def read_all() -> T:
+        found, told = read()
+        weights.update(found)
+        return told
+
+    told = on_first_rank(read_all)
+    for name, parameter in network.named_parameters():
+        if name in weights:
+            parameter.copy_(weights.pop(name))
+        dist.broadcast(parameter.data, src=0)
+    return told
 
 
 def _attempt(compute: Callable[[], T]) -> T | HistoscaleError:

@@ -77,6 +77,22 @@ def latest_commit(store: Store, before: int | None = None) -> Commit | None:
     return None
 
 
+def require_commit(store: Store) -> Commit:
+    """The newest commit of a run that must have one.
+
+    Raises:
+        CheckpointError: It has none; or as of `latest_commit`.
+    """
+    commit = latest_commit(store)
+    if commit is None:
+        raise CheckpointError(
+            f"run {store.uri} has no checkpoint yet",
+            expected="one commit or more",
+            remedy="let it train until it says that a checkpoint is committed",
+        )
+    return commit
+
+
 def commit_before(store: Store, commit: Commit, problem: CorruptCheckpoint) -> Commit:
     """The newest whole commit before one that proved corrupt when it was read; says that it is left out.
 
@@ -93,19 +109,18 @@ def commit_before(store: Store, commit: Commit, problem: CorruptCheckpoint) -> C
     return older
 
 
-def read_newest(store: Store, read: Callable[[Commit], T]) -> tuple[T, Commit] | None:
-    """What `read` makes of the newest commit that is not corrupt, and that commit; None when the run has none.
+def read_newest(store: Store, read: Callable[[Commit], T]) -> tuple[T, Commit]:
+    """What `read` makes of the newest commit that is not corrupt, and that commit.
 
     Raises:
-        CheckpointError: All are corrupt, or whatever else `read` says.
+        CheckpointError: The run has none, all are corrupt, or whatever else `read` says.
     """
-    commit = latest_commit(store)
-    while commit is not None:
+    commit = require_commit(store)
+    while True:
         try:
             return read(commit), commit
         except CorruptCheckpoint as problem:
             commit = commit_before(store, commit, problem)
-    return None
 
 
 def commit_at(store: Store, step: int) -> Commit:

@@ -4,12 +4,12 @@ import re
 from dataclasses import dataclass
 
 from histoscale.checkpoint.parent import Parent, open_parent, parent_at, read_parent
-from histoscale.checkpoint.reader import commit_at, latest_commit, read_manifest, require_recipe
+from histoscale.checkpoint.reader import commit_at, latest_commit, read_manifest, require_commit, require_recipe
 from histoscale.cluster.job import location
 from histoscale.cluster.run_folder import read_run, recorded_origins, require_run
 from histoscale.config.decode import differences, fingerprint
 from histoscale.config.recipe import Recipe
-from histoscale.errors import CheckpointError, RecipeError, RunError
+from histoscale.errors import RecipeError, RunError
 from histoscale.storage import Store, open_store
 from histoscale.train.fork import misfits, shapes_of
 
@@ -72,13 +72,7 @@ def find_parent(source: ForkSource, recipe: Recipe, store: Store) -> Parent:
             remedy="give the new run a folder of its own, or leave --fork-from out to resume",
         )
     stored_recipe = require_run(theirs)
-    commit = latest_commit(theirs) if source.step is None else commit_at(theirs, source.step)
-    if commit is None:
-        raise CheckpointError(
-            f"run {theirs.uri} has no checkpoint to fork from",
-            expected="one commit or more",
-            remedy="let it come to its first commit",
-        )
+    commit = require_commit(theirs) if source.step is None else commit_at(theirs, source.step)
     require_recipe(commit, fingerprint(stored_recipe))
     if recipe.model.weights is not None:
         raise RecipeError(

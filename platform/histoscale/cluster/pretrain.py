@@ -20,16 +20,16 @@ from histoscale.cluster.run_folder import (
     DEFAULT_PRECISION,
     check_same_experiment,
     read_run,
+    recorded_origins,
     recorded_snapshot,
     resolve_precision,
     start_run,
 )
 from histoscale.cluster.segments import next_segments, out_from, read_segments, write_segments
 from histoscale.cluster.watching import Watched
-from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError
-from histoscale.models.published import describe_published, load_published
+from histoscale.models.published import describe_published, load_for
 from histoscale.observe.timeline import Event, Kind, Timeline
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
@@ -40,7 +40,7 @@ from histoscale.stream.faults import Quarantined
 from histoscale.stream.reader import ReaderSpec
 from histoscale.stream.windows import FeedSpec
 from histoscale.train.memory import MemoryForecast, forecast
-from histoscale.train.teacher_source import describe_teacher, find_teacher
+from histoscale.train.teacher_source import describe_teacher, find_teacher, taught_by
 
 
 @dataclass(frozen=True)
@@ -94,20 +94,25 @@ def check_request(request: PretrainRequest) -> CheckedRequest:
     spec = PlanSpec.from_recipe(request.recipe)
     plan = Plan(spec, catalogue.rows, catalogue.columns, catalogue.values, catalogue.mask)
     parent, lineage = origin_of(request.fork_from, request.recipe, store)
-    checked = CheckedRequest(request, store, catalogue, plan, (*lineage, *_origins(request.recipe)), parent)
+    origins = _origins(request.recipe, store, lineage)
+    checked = CheckedRequest(request, store, catalogue, plan, origins, parent)
     _resumed_recipe(checked)
     return checked
 
 
-def _origins(recipe: Recipe) -> tuple[str, ...]:
-    """What the run learns from beside slides, found and read before a worker starts."""
-    lines = []
-    if recipe.distill is not None:
-        lines.append(describe_teacher(find_teacher(recipe, recipe.distill), recipe.distill))
-    model = recipe.model
-    if model.weights is not None:
-        published = load_published(model.weights, ARCHS[model.arch], recipe.crops.global_px, model.qk_norm)
-        lines.append(describe_published(model.weights, published))
+def _origins(recipe: Recipe, store: Store, lineage: tuple[str, ...]) -> tuple[str, ...]:
+    """What the run learns from beside slides, found before a worker starts.
+
+    It is read, too, unless the run has a commit: then it recorded what it began with, and only a teacher is still used.
+    """
+    teacher = find_teacher(recipe, recipe.distill) if recipe.distill is not None else None
+    if latest_commit(store) is not None:
+        return tuple(recorded_origins(store))
+    lines = list(lineage)
+    if teacher is not None and recipe.distill is not None:
+        lines.append(describe_teacher(teacher, recipe.distill))
+    if recipe.model.weights is not None:
+        lines.append(describe_published(recipe.model.weights, load_for(recipe, recipe.model.weights)))
     return tuple(lines)
 
 
@@ -165,8 +170,7 @@ def _go_on(checked: CheckedRequest, device: str, lease: Lease, tell: Callable[[s
         tell(line)
     for line in checked.origins:
         tell(line)
-    if recipe.distill is None:
-        tell(f"memory: {_memory(recipe, device).line()}")
+    tell(f"memory: {_memory(recipe, device).line()}")
     tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
     bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
     with _recorded(store, recipe, start) as timeline:
@@ -197,9 +201,10 @@ def _recorded(store: Store, recipe: Recipe, start: int) -> Iterator[Timeline]:
 
 
 def _memory(recipe: Recipe, device: str) -> MemoryForecast:
+    teacher = None if recipe.distill is None else taught_by(recipe, find_teacher(recipe, recipe.distill))
     cluster, dtype = recipe.cluster, torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     on: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
-    return forecast(recipe, ARCHS[recipe.model.arch], cluster.worker_bounds[0], cluster.zero_stage, dtype, on)
+    return forecast(recipe, cluster.worker_bounds[0], cluster.zero_stage, dtype, on, teacher)
 
 
 def _committed_step(store: Store) -> int:

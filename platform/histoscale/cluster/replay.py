@@ -3,6 +3,7 @@
 Nothing is written to the run. The slides that were withdrawn since are not read, whatever the step had of them.
 """
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -155,7 +156,7 @@ def _require_same_samples(capture: Capture, batches: Sequence[MicroBatch]) -> No
 
 
 def _recipe_of(store: Store, capture: Capture, overrides: Sequence[str]) -> Recipe:
-    """The run's recipe with the overrides, mapped to one process."""
+    """The run's recipe with the overrides, mapped to one process; a capture holds all weights, so it names none."""
     stored = require_run(store)
     if fingerprint(stored) != capture.state.fingerprint:
         raise CheckpointError(
@@ -165,14 +166,16 @@ def _recipe_of(store: Store, capture: Capture, overrides: Sequence[str]) -> Reci
             remedy="replay it in the run folder that wrote it",
         )
     recipe = decode_recipe(stored.model_dump(mode="json"), overrides)
-    # Compiled blocks hide their modules from who watches them.
-    alone = {"workers": 1, "compile": False}
-    return recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update=alone)})
+    # Compiled blocks hide their modules from who watches them, and ZeRO 3 would keep its memory from a second trainer.
+    alone = {"workers": 1, "zero_stage": 2, "compile": False}
+    cluster, model = recipe.cluster.model_copy(update=alone), recipe.model.model_copy(update={"weights": None})
+    return recipe.model_copy(update={"cluster": cluster, "model": model})
 
 
 def _rerun(
     store: Store, recipe: Recipe, capture: Capture, tiles: Sequence[MicroBatch], device: torch.device
 ) -> tuple[Audit, Rerun]:
+    gc.collect()  # the trainer before, if there was one
     trainer = build_trainer(recipe, device, store)
     try:
         trainer.restore(capture.state)
@@ -184,7 +187,10 @@ def _rerun(
             remedy="replay it with the version of histoscale that wrote it, without overrides of `model` and `heads`; "
             "one that is corrupt is of no use: run the same job again, which meets the failure again",
         ) from error
-    return audit_state(trainer), rerun_step(trainer, recipe, capture.state.step, tiles)
+    try:
+        return audit_state(trainer), rerun_step(trainer, recipe, capture.state.step, tiles)
+    finally:
+        trainer.student.close()
 
 
 def _facts_of(replicas: Sequence[int], tiles: Sequence[MicroBatch], catalogue: Catalogue) -> Iterator[str]:

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from histoscale.checkpoint.ledger import read_replacements
 from histoscale.checkpoint.manifest import FOLDER, Commit, marker_step
 from histoscale.checkpoint.parent import Parent, read_parent
-from histoscale.checkpoint.reader import latest_commit
+from histoscale.checkpoint.reader import require_commit
 from histoscale.cluster.run_folder import INDEX_KEY, require_run
 from histoscale.cluster.segments import out_from, read_segments
-from histoscale.errors import CheckpointError
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
 from histoscale.slides.catalogue import Catalogue, open_catalogue
@@ -67,13 +66,7 @@ def slide_history(store: Store, slide_id: str) -> SlideHistory:
         HistoscaleError: The run has no checkpoint, its index or its ledger cannot be read, or the slide is not in it.
     """
     recipe = require_run(store)
-    commit = latest_commit(store)
-    if commit is None:
-        raise CheckpointError(
-            f"run {store.uri} has no checkpoint, so nothing has seen any slide",
-            expected="one commit or more",
-            remedy="ask again when it has one",
-        )
+    commit = require_commit(store)
     index = json.loads(store.get(INDEX_KEY))
     catalogue = open_catalogue(index["index"], index["snapshot_id"])
     row = catalogue.row_of(slide_id)

@@ -9,6 +9,7 @@ from histoscale.config.decode import fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError
 from histoscale.models import VisionTransformer, build_ssl_net
+from histoscale.models.published import load_for
 from histoscale.storage import Store
 
 
@@ -23,20 +24,22 @@ def trained_backbone(run_store: Store, recipe: Recipe) -> tuple[VisionTransforme
         require_recipe(commit, fingerprint(recipe))
         return load_teacher_backbone(run_store, commit)
 
-    found = read_newest(run_store, read)
-    if found is None:
-        raise CheckpointError(
-            f"run {run_store.uri} has no checkpoint yet",
-            expected="one commit or more",
-            remedy="run jobs/pretrain.py until it says that a checkpoint is committed",
-        )
-    weights, commit = found
+    weights, commit = read_newest(run_store, read)
     return _backbone(recipe, weights), commit
 
 
 def initial_backbone(recipe: Recipe) -> VisionTransformer:
-    """The same network before the first step: its weights are a function of the recipe's seed."""
-    return build_ssl_net(recipe).backbone.eval()
+    """The same network before the first step: what the recipe's seed draws, and published weights, if it names any.
+
+    Raises:
+        ModelError: These cannot be read or do not fit.
+        StorageError: They cannot be reached.
+    """
+    backbone = build_ssl_net(recipe).backbone
+    if recipe.model.weights is not None:
+        published = load_for(recipe, recipe.model.weights)
+        backbone.load_state_dict(published.state, strict=False)  # what the file may lack was checked, and stays drawn
+    return backbone.eval()
 
 
 def _backbone(recipe: Recipe, weights: dict[str, Tensor]) -> VisionTransformer:

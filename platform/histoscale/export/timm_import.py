@@ -37,7 +37,9 @@ def import_timm() -> ModuleType:
         ExportError: timm is not installed.
     """
     if importlib.util.find_spec("timm") is None:
-        raise ExportError("timm is not installed", remedy="install it with pip install 'timm>=1.0.15'")
+        raise ExportError(
+            "timm is not installed", expected="timm 1.0.15 or newer", remedy="run pip install 'timm>=1.0.15'"
+        )
     try:
         importlib.import_module("torchvision")
     except RuntimeError:

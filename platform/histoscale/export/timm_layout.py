@@ -80,7 +80,9 @@ def export_run(
         CheckpointError: The run has no usable checkpoint.
     """
     if layout not in FORMATS:
-        raise ExportError("no such export format", value=layout, expected=" or ".join(FORMATS))
+        raise ExportError(
+            "no such export format", value=layout, expected=" or ".join(FORMATS), remedy="give one of these as --format"
+        )
     out = open_store(out_uri)
     _refuse_strangers(out)
     backbone, commit = trained_backbone(run_store, recipe)

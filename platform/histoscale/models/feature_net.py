@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import Recipe
-from histoscale.models.ssl import give_initial_weights
 from histoscale.models.vit import VisionTransformer
+from histoscale.models.weights import initialise
 
 
 class FeatureNet(nn.Module):
@@ -45,14 +45,9 @@ class FeatureNet(nn.Module):
 
 
 def build_feature_net(recipe: Recipe, teacher_width: int) -> FeatureNet:
-    """New network on the CPU in fp32, with the initial weights of `build_ssl_net`.
-
-    Raises:
-        ModelError: The recipe's published weights cannot be read or do not fit.
-        StorageError: They cannot be reached.
-    """
+    """New network on the CPU in fp32, all weights drawn: its backbone's are those of `build_ssl_net`."""
     with torch.device("meta"):
         net = FeatureNet(recipe, teacher_width)
     net.to_empty(device="cpu")
-    give_initial_weights(net, net.backbone, recipe)
+    initialise(net, recipe.seed, ARCHS[recipe.model.arch].init_std)
     return net

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from histoscale.config.archs import ARCHS, Arch
+from histoscale.config.recipe import Recipe
 from histoscale.errors import ModelError
 from histoscale.models.vit import VisionTransformer
 from histoscale.storage import Store, open_store
@@ -89,6 +90,12 @@ def load_published(path: str, arch: Arch, image_px: int, qk_norm: bool = False) 
     return PublishedWeights(state, layout, sha256, resized_from_grid, tuple(sorted(unused)), tuple(sorted(fresh)))
 
 
+def load_for(recipe: Recipe, path: str) -> PublishedWeights:
+    """Read the weights that the backbone of a recipe starts from; see `load_published`."""
+    model = recipe.model
+    return load_published(path, ARCHS[model.arch], recipe.crops.global_px, model.qk_norm)
+
+
 def describe_published(path: str, weights: PublishedWeights) -> str:
     """A line for people: which weights a backbone starts from, and what of the file plays no part."""
     resized = f", positions resized from a grid of {weights.resized_from_grid}" if weights.resized_from_grid else ""
@@ -125,7 +132,12 @@ def _read(uri: str) -> tuple[Any, str]:
     """What the file holds, and its SHA-256."""
     suffix = Path(uri).suffix
     if suffix not in (".safetensors", ".pth"):
-        raise ModelError("the weights are in no known format", value=uri, expected="a .safetensors or .pth file")
+        raise ModelError(
+            "the weights are in no known format",
+            value=uri,
+            expected="a .safetensors or .pth file",
+            remedy="save the model's state dict with safetensors",
+        )
     with fetched(uri) as (path, sha256):
         try:
             content = load_file(path) if suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
@@ -170,6 +182,7 @@ def _state_dict(content: object) -> tuple[Mapping[str, Tensor], list[str]]:
             "the weights are no state dict",
             value=type(content).__name__,
             expected=f"tensors by name, or a checkpoint with such under {' or '.join(_WRAPPERS)}",
+            remedy="save the model's state dict alone, with safetensors",
         )
     return content, siblings
 
@@ -185,7 +198,12 @@ def _in_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 rest = timm + rest.removeprefix(meta) if rest.startswith(meta) else rest
             ours = f"blocks.{number}.{rest}"
         if ours in named:
-            raise ModelError("two tensors of the weights are for one place", value=name, expected=f"one for {ours}")
+            raise ModelError(
+                "two tensors of the weights are for one place",
+                value=name,
+                expected=f"one for {ours}",
+                remedy="leave one of the two out of the file",
+            )
         named[ours] = tensor
     return named
 
@@ -214,12 +232,14 @@ def _misfit(name: str, found: Shapes, wanted: Shapes) -> ModelError:
         what,
         value=list(found[name]) if name in found else None,
         expected=f"the shape {list(wanted[name])}" if name in wanted else None,
-        remedy=None if name == _POSITIONS else _remedy(found),
+        remedy=_remedy(name, found),
     )
 
 
-def _remedy(found: Shapes) -> str:
+def _remedy(misfit: str, found: Shapes) -> str:
     """Which model the tensors are of."""
+    if misfit == _POSITIONS:
+        return "take weights with a learnt position embedding, as timm and Meta store it"
     qk_norm = _has_qk_norm(found)
     shapes = {name: shape for name, shape in found.items() if name != _POSITIONS}
     fitting = [name for name, arch in ARCHS.items() if _shapes(arch, qk_norm) == shapes]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import Recipe
 from histoscale.models.heads import ProjectionHead
-from histoscale.models.published import load_published
 from histoscale.models.vit import VisionTransformer
 from histoscale.models.weights import initialise
 
@@ -84,14 +83,9 @@ def _outputs(cls: Tensor, dino: tuple[Tensor, Tensor], ibot: tuple[Tensor, Tenso
 
 
 def build_ssl_net(recipe: Recipe) -> SSLNet:
-    """New network on the CPU in fp32; its weights are a function of the recipe's seed, sizes and published weights.
-
-    Raises:
-        ModelError: The recipe's published weights cannot be read or do not fit.
-        StorageError: They cannot be reached.
-    """
+    """New network on the CPU in fp32, all weights drawn: a function of the recipe's seed and sizes."""
     net = empty_ssl_net(recipe)
-    give_initial_weights(net, net.backbone, recipe)
+    initialise(net, recipe.seed, ARCHS[recipe.model.arch].init_std)
     return net
 
 
@@ -100,17 +94,3 @@ def empty_ssl_net(recipe: Recipe) -> SSLNet:
     with torch.device("meta"):
         net = SSLNet(recipe)
     return net.to_empty(device="cpu")
-
-
-def give_initial_weights(net: nn.Module, backbone: VisionTransformer, recipe: Recipe) -> None:
-    """Draw all weights of a network by the recipe's seed, then start its backbone from published ones, if it names any.
-
-    Raises:
-        ModelError: The recipe's published weights cannot be read or do not fit.
-        StorageError: They cannot be reached.
-    """
-    arch, model = ARCHS[recipe.model.arch], recipe.model
-    initialise(net, recipe.seed, arch.init_std)
-    if model.weights is not None:
-        published = load_published(model.weights, arch, recipe.crops.global_px, model.qk_norm)
-        backbone.load_state_dict(published.state, strict=False)  # which are missing was checked: `fresh` ones only

@@ -26,6 +26,8 @@ class Rank:
         stage: Of ZeRO.
         element_bytes: Of an element that is computed with.
         on_cpu: A CPU holds what was written, a GPU what was allocated; attention and DeepSpeed's buckets differ, too.
+        projects_to: In distillation from features, how wide a student's projectors make its tokens; 0 for the teacher,
+            which has none. None where networks have heads.
     """
 
     recipe: Recipe
@@ -34,6 +36,7 @@ class Rank:
     stage: int
     element_bytes: int
     on_cpu: bool
+    projects_to: int | None = None
 
     @property
     def bf16(self) -> bool:
@@ -58,16 +61,21 @@ class Rank:
         return sum(images * tokens for images, tokens in self.spans)
 
     @property
+    def patches(self) -> int:
+        """Of the global crops of a micro-batch."""
+        return 2 * self.recipe.batch.per_replica * (self.recipe.crops.global_px // self.arch.patch_px) ** 2
+
+    @property
     def compared(self) -> int:
         """Patches of a micro-batch that iBOT compares: all in distillation, else one crop of two is masked."""
-        tiles, crops = self.recipe.batch.per_replica, self.recipe.crops
-        patches = tiles * (crops.global_px // self.arch.patch_px) ** 2
         low, high = self.recipe.loss.mask_ratio
-        return 2 * patches if self.recipe.distill else round(patches * (low + high) / 2)
+        return self.patches if self.recipe.distill else round(self.patches / 2 * (low + high) / 2)
 
     @property
     def heads(self) -> list["Head"]:
         """The heads with the rows of a micro-batch that the student sends through them."""
+        if self.projects_to is not None:
+            return []
         heads, tiles = self.recipe.heads, self.recipe.batch.per_replica
         crops = 2 + self.recipe.crops.local_count
         if heads.shared:
@@ -155,30 +163,48 @@ def saved_by_loss(rank: Rank) -> int:
     return sum(head.prototype_elements + head.rows * head.bottleneck for head in rank.heads) * rank.element_bytes
 
 
-def looking_bytes(rank: Rank, looks: Rank) -> int:
-    """The largest of: a micro-batch's crops before they are cast, prototypes on their way to the sphere, one block.
+def looking_bytes(looks: Rank) -> int:
+    """The largest of: crops before they are cast, prototypes on their way to the sphere, a block, a head at work.
 
     A block without a backward pass holds its input, the norm's output and two tensors of the MLP's hidden width (four
-    for SwiGLU); the plain product of attention has queries, keys and values twice, and the scores twice.
+    for SwiGLU); the plain product of attention has queries, keys and values twice, and the scores twice. A head has the
+    last tokens, the rows that it projects, and two tensors of its hidden width.
     """
     arch, size = looks.arch, looks.element_bytes
     images, tokens = looks.spans[0]
     hidden = (2 if arch.ffn == "mlp" else 4) * arch.ffn_hidden
     widths = 2 * arch.width + hidden
-    if rank.on_cpu and rank.bf16:
+    if looks.on_cpu and looks.bf16:
         widths = max(widths, 9 * arch.width + 2 * arch.heads * tokens)
-    largest = max(head.prototype_elements for head in rank.heads)
+    largest = max((head.prototype_elements for head in looks.heads), default=0)
     cast, spheres = (
-        (crop_elements(rank) * FP32_BYTES, 2 * largest * FP32_BYTES) if rank.bf16 else (0, largest * FP32_BYTES)
+        (crop_elements(looks) * FP32_BYTES, 2 * largest * FP32_BYTES) if looks.bf16 else (0, largest * FP32_BYTES)
     )
-    return max(cast, spheres, images * tokens * widths * size)
+    rows = looks.compared if looks.heads else 0
+    head = (images * tokens * arch.width + rows * (arch.width + 2 * looks.recipe.heads.hidden_dim)) * size
+    return max(cast, spheres, images * tokens * widths * size, head)
+
+
+def seen_bytes(looks: Rank) -> int:
+    """What the teacher makes of all local micro-batches, and the step keeps: features of heads, or whole tokens.
+
+    Of heads these are those of the global crops' class tokens and of the compared patches.
+    """
+    images, tokens = looks.spans[0]
+    bottlenecks = [head.bottleneck for head in looks.heads]
+    each = images * tokens * looks.arch.width
+    if bottlenecks:
+        each = images * bottlenecks[0] + looks.compared * bottlenecks[-1]
+    return looks.turns * each * looks.element_bytes
 
 
 def balancing_bytes(rank: Rank) -> int:
     """Logits of the local rows or of a chunk, in fp32 and beside it in bf16, twice where all are one chunk.
 
-    Centring takes one product, for which bf16 prototypes are made fp32.
+    Centring takes one product, for which bf16 prototypes are made fp32. Features are not balanced.
     """
+    if not rank.heads:
+        return 0
     if rank.recipe.loss.centering == "center":
         return max(head.prototype_elements for head in rank.heads) * FP32_BYTES if rank.bf16 else 0
     dino, ibot = rank.heads[0].prototypes, rank.heads[-1].prototypes

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from histoscale.checkpoint.collective import on_first_rank
+from histoscale.checkpoint.collective import on_first_rank, receive
 from histoscale.checkpoint.reader import load_teacher
 from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import DistillSection, Recipe
@@ -71,7 +70,7 @@ class HeadsTeacher:
     def __init__(self, source: TeacherRun, device: torch.device, dtype: torch.dtype) -> None:
         self._recipe = source.recipe
         self.network = _frozen(lambda: SSLNet(source.recipe), device, dtype)
-        self.fingerprint = _receive(self.network, lambda: _read_run(source))
+        self.fingerprint = receive(self.network, lambda: _read_run(source, self.network))
 
     @torch.no_grad()
     def __call__(self, global_crops: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -106,7 +105,7 @@ class FeaturesTeacher:
         arch = ARCHS[source.arch]
         self._width, self._distill = arch.width, distill
         self.network = _frozen(lambda: VisionTransformer(arch, image_px, qk_norm=source.qk_norm), device, dtype)
-        self.fingerprint = _receive(self.network, lambda: _read_weights(source, image_px))
+        self.fingerprint = receive(self.network, lambda: _read_weights(source, image_px))
 
     @torch.no_grad()
     def __call__(self, global_crops: Tensor) -> Features:
@@ -126,27 +125,10 @@ def _frozen(build: Callable[[], Network], device: torch.device, dtype: torch.dty
     return network.to_empty(device=device).requires_grad_(False).eval()
 
 
-@torch.no_grad()
-def _receive(network: nn.Module, read: Callable[[], tuple[Weights, str]]) -> str:
-    """Fill a network on every rank with what the first one reads (collective); returns the fingerprint."""
-    weights: Weights = {}
-
-    def read_all() -> str:
-        found, fingerprint = read()
-        _require_fit(found, network)
-        weights.update(found)
-        return fingerprint
-
-    fingerprint = on_first_rank(read_all)
-    for name, parameter in network.named_parameters():
-        if weights:
-            parameter.copy_(weights.pop(name))
-        dist.broadcast(parameter.data, src=0)
-    return fingerprint
-
-
-def _read_run(source: TeacherRun) -> tuple[Weights, str]:
-    return load_teacher(open_store(source.uri), source.commit), source.fingerprint()
+def _read_run(source: TeacherRun, network: nn.Module) -> tuple[Weights, str]:
+    weights = load_teacher(open_store(source.uri), source.commit)
+    _require_fit(weights, network)
+    return weights, source.fingerprint()
 
 
 def _read_weights(source: TeacherWeights, image_px: int) -> tuple[Weights, str]:

@@ -43,7 +43,12 @@ def step_flops_per_tile(recipe: Recipe, arch: Arch) -> float:
         RecipeError: The recipe distils.
     """
     if recipe.distill is not None:
-        raise RecipeError("the work of a step is counted for pretraining alone", expected="a recipe without `distill`")
+        raise RecipeError(
+            "the work of a step is counted for pretraining alone",
+            value=f"distill.mode={recipe.distill.mode}",
+            expected="a recipe without the section `distill`",
+            remedy="leave the section out to count a run of the student without a teacher",
+        )
     crops, heads = recipe.crops, recipe.heads
     low, high = recipe.loss.mask_ratio
     masked = (crops.global_px // arch.patch_px) ** 2 * (low + high) / 2.0  # one of the two global crops is masked

@@ -15,9 +15,8 @@ from typing import Literal
 
 import torch
 
-from histoscale.config.archs import Arch
+from histoscale.config.archs import ARCHS, Arch
 from histoscale.config.recipe import HeadSection, Recipe
-from histoscale.errors import RecipeError
 from histoscale.train.activations import (
     FP32_BYTES,
     Rank,
@@ -31,6 +30,13 @@ from histoscale.train.activations import (
     saved_by_blocks,
     saved_by_heads,
     saved_by_loss,
+    seen_bytes,
+)
+from histoscale.train.feature_activations import (
+    cosines_backward_bytes,
+    cosines_bytes,
+    saved_by_cosines,
+    saved_by_projectors,
 )
 
 _MOMENTS = 2
@@ -69,36 +75,28 @@ class MemoryForecast:
 
 def forecast(
     recipe: Recipe,
-    arch: Arch,
     workers: int,
     zero_stage: int,
     dtype: torch.dtype,
     device: Literal["cpu", "cuda"] = "cuda",
-    teacher: Arch | None = None,
+    teacher: Recipe | None = None,
 ) -> MemoryForecast:
     """Peak memory of one rank in steps after the first.
 
     Args:
         recipe: The run's; its `cluster.workers`, `cluster.zero_stage` and `precision` are not looked at.
-        arch: Of the student.
         workers: Ranks.
         zero_stage: 1, 2 or 3.
         dtype: What is computed in, fp32 or bf16.
         device: On a GPU what is allocated counts, on a CPU what is written to: DeepSpeed allocates buckets of 500
             million elements whatever the model needs of them.
-        teacher: A frozen teacher's architecture; None for the run's own average.
-
-    Raises:
-        RecipeError: The recipe distils from features, which is not counted here.
+        teacher: The recipe with the frozen teacher's network in place of the student's; None for the run's own average.
     """
+    rank = Rank(recipe, ARCHS[recipe.model.arch], workers, zero_stage, dtype.itemsize, device == "cpu")
+    other = teacher or recipe
+    looks = replace(rank, recipe=other, arch=ARCHS[other.model.arch])
     if recipe.distill is not None and recipe.distill.mode == "features":
-        raise RecipeError(
-            "the memory of distillation from features is not forecast",
-            value=f"distill.mode={recipe.distill.mode}",
-            expected="distill.mode=heads, or pretraining",
-        )
-    rank = Rank(recipe, arch, workers, zero_stage, dtype.itemsize, device == "cpu")
-    looks = replace(rank, arch=teacher or arch)
+        rank, looks = replace(rank, projects_to=looks.arch.width), replace(looks, projects_to=0)
     state = state_items(rank, looks)
     moments = {name: Counter(state) + Counter(items) for name, items in _moments(rank, looks).items()}
     totals = {name: sum(items.values()) for name, items in moments.items()}
@@ -114,10 +112,18 @@ def backbone_parameters(arch: Arch, image_px: int, qk_norm: bool) -> int:
     return arch.depth * _block_parameters(arch, qk_norm) + embedding + 2 * width
 
 
-def network_parameters(recipe: Recipe, arch: Arch) -> int:
-    """Of `SSLNet`: backbone, mask token, heads and prototypes."""
+def network_parameters(rank: Rank) -> int:
+    """Of `SSLNet`: backbone, mask token, heads and prototypes; of `FeatureNet`: backbone and two projectors."""
+    recipe, arch = rank.recipe, rank.arch
     backbone = backbone_parameters(arch, recipe.crops.global_px, recipe.model.qk_norm)
-    return backbone + arch.width + _heads_matrices(recipe.heads, arch) + _prototypes(recipe.heads)
+    return backbone + _head_parameters(rank) + (arch.width if rank.projects_to is None else 0)
+
+
+def _head_parameters(rank: Rank) -> int:
+    """What stands above the backbone."""
+    if rank.projects_to is not None:
+        return 2 * (rank.arch.width + 1) * rank.projects_to
+    return _heads_matrices(rank.recipe.heads, rank.arch) + _prototypes(rank.recipe.heads)
 
 
 def _block_matrices(arch: Arch) -> int:
@@ -146,11 +152,12 @@ def _prototypes(heads: HeadSection) -> int:
     return heads.dino_prototypes * heads.dino_bottleneck_dim + ibot
 
 
-def largest_group(recipe: Recipe, arch: Arch) -> int:
+def largest_group(rank: Rank) -> int:
     """Parameters of the largest of the optimiser's groups, vectors aside; see train/groups.py."""
+    recipe, arch = rank.recipe, rank.arch
     together = arch.depth * _block_matrices(arch) if recipe.optim.layer_decay == 1.0 else 0
-    heads = _heads_matrices(recipe.heads, arch)
-    return max(_block_matrices(arch), together + heads, _prototypes(recipe.heads))
+    prototypes = _prototypes(recipe.heads) if rank.projects_to is None else 0
+    return max(_block_matrices(arch), together + _head_parameters(rank) - prototypes, prototypes)
 
 
 def state_items(rank: Rank, looks: Rank) -> dict[str, int]:
@@ -161,7 +168,7 @@ def state_items(rank: Rank, looks: Rank) -> dict[str, int]:
     through DeepSpeed's `BF16_Optimizer`, which sums all gradients in fp32 on every rank. ZeRO 3 keeps its bucket, too,
     in the fp32 that it communicates in.
     """
-    count = network_parameters(rank.recipe, rank.arch)
+    count = network_parameters(rank)
     part, on_all = math.ceil(count / rank.workers), count * rank.element_bytes
     gradients = part * FP32_BYTES if rank.stage == 3 else count * FP32_BYTES if rank.bf16 and rank.stage == 1 else 0
     return {
@@ -170,10 +177,11 @@ def state_items(rank: Rank, looks: Rank) -> dict[str, int]:
         "fp32 masters": part * FP32_BYTES,
         "moments": _MOMENTS * part * FP32_BYTES,
         "average": part * FP32_BYTES,
-        "teacher": network_parameters(looks.recipe, looks.arch) * looks.element_bytes,
+        "teacher": network_parameters(looks) * looks.element_bytes,
         "reduction bucket": _bucket(rank, count) * FP32_BYTES if rank.stage == 3 else 0,
         "crops of all local micro-batches": rank.turns * crop_elements(rank) * rank.element_bytes,
-        "teacher's prototypes": sum(head.prototype_elements for head in rank.heads) * rank.element_bytes,
+        "teacher's prototypes": sum(head.prototype_elements for head in looks.heads) * rank.element_bytes,
+        "what the teacher saw": seen_bytes(looks),
     }
 
 
@@ -184,30 +192,14 @@ def _bucket(rank: Rank, count: int) -> int:
 
 def _moments(rank: Rank, looks: Rank) -> dict[str, dict[str, int]]:
     """What lives beside the state at each moment that can be the peak."""
-    gathered = _gathered(rank)
-    earlier = {"gradients of earlier micro-steps": _summed(rank), "gathered weights": gathered}
+    earlier = {"gradients of earlier micro-steps": _summed(rank), "gathered weights": _gathered(rank)}
     blocks = {"blocks": saved_by_blocks(rank), "last norm": rank.tokens * rank.arch.width * rank.element_bytes}
-    loss = {"heads": saved_by_heads(rank), "gradients of the loss": saved_by_loss(rank)}
     again = {"one block, computed again": block_bytes(rank)} if rank.recipe.cluster.activation_checkpointing else {}
+    losing = _losing_by_heads(rank) if rank.projects_to is None else _losing_by_features(rank, looks)
     return {
-        "crops and teacher": {
-            "teacher at work": looking_bytes(rank, looks),
-        },
+        "crops and teacher": {"teacher at work": looking_bytes(looks)},
         "balancing the targets": {"logits": balancing_bytes(rank)},
-        "weights of the heads": {
-            **earlier,
-            **blocks,
-            "heads": saved_by_heads(rank),
-            "weights that are gathered": min(gathered, _PREFETCH_ELEMENTS * rank.element_bytes),
-        },
-        "loss": {**earlier, **blocks, **loss, **predicting_items(rank)},
-        "backward pass of the heads": {
-            **earlier,
-            **blocks,
-            **loss,
-            "gradients of the micro-step": _gradients_so_far(rank, 0),
-            "backward of the prototypes": prototypes_backward_bytes(rank),
-        },
+        **{moment: {**earlier, **blocks, **items} for moment, items in losing.items()},
         "backward pass of the last block": {
             **earlier,
             **blocks,
@@ -220,8 +212,34 @@ def _moments(rank: Rank, looks: Rank) -> dict[str, dict[str, int]]:
     }
 
 
-def _head_parameters(rank: Rank) -> int:
-    return _heads_matrices(rank.recipe.heads, rank.arch) + _prototypes(rank.recipe.heads)
+def _losing_by_heads(rank: Rank) -> dict[str, dict[str, int]]:
+    """What lives beside the blocks while the student predicts prototypes."""
+    loss = {"heads": saved_by_heads(rank), "gradients of the loss": saved_by_loss(rank)}
+    return {
+        "weights of the heads": {
+            "heads": saved_by_heads(rank),
+            "weights that are gathered": min(_gathered(rank), _PREFETCH_ELEMENTS * rank.element_bytes),
+        },
+        "loss": {**loss, **predicting_items(rank)},
+        "backward pass of the heads": {
+            **loss,
+            "gradients of the micro-step": _gradients_so_far(rank, 0),
+            "backward of the prototypes": prototypes_backward_bytes(rank),
+        },
+    }
+
+
+def _losing_by_features(rank: Rank, looks: Rank) -> dict[str, dict[str, int]]:
+    """What lives beside the blocks while the student turns to features."""
+    kept = {"projectors": saved_by_projectors(rank), "features": saved_by_cosines(rank)}
+    return {
+        "loss": {**kept, "cosines": cosines_bytes(rank, looks)},
+        "backward pass of the cosines": {
+            **kept,
+            "gradients of the micro-step": _gradients_so_far(rank, 0),
+            "backward of the cosines": cosines_backward_bytes(rank),
+        },
+    }
 
 
 def _gathered(rank: Rank) -> int:
@@ -231,7 +249,7 @@ def _gathered(rank: Rank) -> int:
     """
     if rank.stage < 3 or rank.workers == 1:
         return 0
-    count = network_parameters(rank.recipe, rank.arch)
+    count = network_parameters(rank)
     return min(count, _REUSE_ELEMENTS // 2) * rank.element_bytes
 
 
@@ -242,7 +260,7 @@ def _summed(rank: Rank) -> int:
     """
     if rank.turns == 1 or rank.stage == 3:
         return 0
-    count = network_parameters(rank.recipe, rank.arch)
+    count = network_parameters(rank)
     return count * rank.element_bytes if rank.stage == 1 else math.ceil(count / rank.workers) * FP32_BYTES
 
 
@@ -266,7 +284,7 @@ def _reducing(rank: Rank) -> dict[str, int]:
     does so after every micro-step; in bf16 what it flattens is made fp32, and added to a sum of its part. ZeRO 3 and
     `BF16_Optimizer` flatten what they have; to scatter it, gloo copies it once more.
     """
-    count = network_parameters(rank.recipe, rank.arch)
+    count = network_parameters(rank)
     part, bucket = math.ceil(count / rank.workers) * FP32_BYTES, min(count, _BUCKET_ELEMENTS)
     own = count * rank.element_bytes if rank.turns == 1 else 0
     if rank.stage == 3:
@@ -293,9 +311,9 @@ def _optimising(rank: Rank) -> dict[str, int]:
     The gradient of a group is flattened for AdamW, unless it lies flat: in bf16 it does under ZeRO 1 and 2. AdamW is
     fused, and needs nothing else.
     """
-    count = network_parameters(rank.recipe, rank.arch)
+    count = network_parameters(rank)
     part = math.ceil(count / rank.workers) * FP32_BYTES
-    group = math.ceil(largest_group(rank.recipe, rank.arch) / rank.workers) * FP32_BYTES
+    group = math.ceil(largest_group(rank) / rank.workers) * FP32_BYTES
     flat = rank.bf16 and rank.stage < 3
     held = 0 if rank.stage == 3 else count * rank.element_bytes if flat and rank.stage == 1 else part
     return {"gradients of the step": held, "flattened gradient": 0 if flat else group}

@@ -39,19 +39,33 @@ def build_students(recipes: Sequence[Recipe], device: torch.device, stores: Sequ
     """One student for each recipe, in a run folder of its own, and their teacher (collective); see `build_trainer`.
 
     Raises:
-        RecipeError: The recipes differ in something that the teacher sees, or a student cannot learn from it.
+        RecipeError: There is no recipe, they differ in something that the teacher sees, or a student cannot learn from
+            it.
         HistoscaleError: The teacher cannot be used.
     """
+    if not recipes:
+        raise RecipeError(
+            "a group has no student",
+            value="no recipe",
+            expected="one recipe or more",
+            remedy="give a recipe and a run folder for each student",
+        )
     first = recipes[0]
     if first.distill is None:
-        raise RecipeError("students share a frozen teacher", expected="recipes with a section `distill`")
+        raise RecipeError(
+            "students share a frozen teacher, and the first recipe names none",
+            value="distill=null",
+            expected="recipes with a section `distill`",
+            remedy="add the section to each, or train runs without a teacher one by one",
+        )
     for recipe in recipes:
         _require_shared(first, recipe)
-    if len({store.uri for store in stores}) < len(recipes):
+    if not len({store.uri for store in stores}) == len(stores) == len(recipes):
         raise RecipeError(
             "each student needs a run folder of its own",
             value=", ".join(store.uri for store in stores),
             expected=f"{len(recipes)} different folders",
+            remedy="give as many folders as recipes, none of them twice",
         )
     teacher = load_frozen_teacher(first, first.distill, device)
     pairs = zip(recipes, stores, strict=True)
@@ -88,7 +102,12 @@ class StudentGroup:
         """
         due = [trainer for trainer in self.trainers if trainer.next_step <= step]
         if not due:
-            raise TrainingError("every student has taken this step", value=step)
+            raise TrainingError(
+                "every student has taken this step",
+                value=step,
+                expected=f"step {min(trainer.next_step for trainer in self.trainers)}",
+                remedy="begin at the step that `resume` returns, and take each once",
+            )
         prepared = due[0].prepare(step, micro_batches)
         return [
             trainer.update(step, micro_batches, prepared, stop_requested) if trainer in due else None

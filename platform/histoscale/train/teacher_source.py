@@ -1,13 +1,14 @@
 """The frozen teacher that a recipe names: found, and held against the student's recipe, before its weights are read."""
 
+import math
 from dataclasses import dataclass
 
 from histoscale.checkpoint.manifest import Commit
-from histoscale.checkpoint.reader import latest_commit, require_recipe
+from histoscale.checkpoint.reader import require_commit, require_recipe
 from histoscale.config.archs import ARCHS
 from histoscale.config.decode import decode_recipe, fingerprint, parse_yaml
-from histoscale.config.recipe import DistillSection, Recipe
-from histoscale.errors import CheckpointError, ModelError, RecipeError
+from histoscale.config.recipe import DistillSection, ModelSection, Recipe
+from histoscale.errors import ModelError, RecipeError
 from histoscale.export.exported import read_export
 from histoscale.models.published import fetched, located
 from histoscale.storage import open_store
@@ -63,10 +64,12 @@ def find_teacher(recipe: Recipe, distill: DistillSection) -> TeacherRun | Teache
     weights = _find_weights(distill)
     patch_px = ARCHS[weights.arch].patch_px
     if recipe.crops.global_px % patch_px:
+        both_px = math.lcm(patch_px, ARCHS[recipe.model.arch].patch_px)
         raise RecipeError(
             "crops.global_px does not fit the teacher",
             value=recipe.crops.global_px,
             expected=f"a multiple of the {patch_px} px of a patch of {weights.arch}",
+            remedy=f"set it to a multiple of {both_px}, which fits the student, too, or take a teacher with its patch",
         )
     return weights
 
@@ -79,6 +82,13 @@ def describe_teacher(source: TeacherRun | TeacherWeights, distill: DistillSectio
         what = f"features of {source.arch} from {source.uri}"
     licence = f", licence: {distill.licence}" if distill.licence else ""
     return f"teacher: {what}, {source.fingerprint()}{licence}"
+
+
+def taught_by(recipe: Recipe, source: TeacherRun | TeacherWeights) -> Recipe:
+    """A student's recipe with its teacher's network in place of its own."""
+    if isinstance(source, TeacherRun):
+        return recipe.model_copy(update={"model": source.recipe.model, "heads": source.recipe.heads})
+    return recipe.model_copy(update={"model": ModelSection(arch=source.arch, drop_path=0.0, qk_norm=source.qk_norm)})
 
 
 def require_same_targets(student: Recipe, teacher: Recipe) -> None:
@@ -124,15 +134,11 @@ def _find_run(uri: str) -> TeacherRun:
     if recipe.distill is not None and recipe.distill.mode == "features":
         raise ModelError(
             f"the teacher at {store.uri} has no heads: it was distilled from features itself",
+            value="distill.mode=features",
+            expected="a run of pretraining, or one that was distilled from heads",
             remedy="export it with jobs/export.py, and set distill.teacher to the export and distill.mode=features",
         )
-    commit = latest_commit(store)
-    if commit is None:
-        raise CheckpointError(
-            f"the teacher at {store.uri} has no checkpoint yet",
-            expected="one commit or more",
-            remedy="let its run come to its end first",
-        )
+    commit = require_commit(store)
     require_recipe(commit, fingerprint(recipe))
     return TeacherRun(store.uri, recipe, commit)
 

@@ -49,6 +49,7 @@ from histoscale.train.fork import load_parent
 from histoscale.train.objective import Objective, PrototypeObjective
 from histoscale.train.step import MicroBatch, Prepared, StepMetrics, TrainStep, all_reduce
 from histoscale.train.teacher import Average, EMATeacher
+from histoscale.train.warm_start import start_from_published
 
 _log = logging.getLogger(__name__)
 
@@ -59,11 +60,14 @@ def build_trainer(recipe: Recipe, device: torch.device, store: Store) -> "Traine
     `torch.distributed` must be initialised, and with CUDA the current device set. `store` is the run folder.
 
     Raises:
-        HistoscaleError: The recipe distils from a teacher that cannot be used; raised on every rank.
+        HistoscaleError: The recipe distils from a teacher, or starts from published weights, that cannot be used;
+            raised on every rank.
     """
     if recipe.distill is not None:
         return build_student(recipe, load_frozen_teacher(recipe, recipe.distill, device), device, store)
-    student = StudentEngine(build_ssl_net(recipe), recipe, device)
+    network = build_ssl_net(recipe).to(device)
+    start_from_published(network, recipe, store)
+    student = StudentEngine(network, recipe, device)
     masters = master_fragments(student.deepspeed)
     teacher = EMATeacher(empty_ssl_net(recipe), masters, device, student.dtype)
     objective = PrototypeObjective(recipe, teacher, all_reduce, hide_masked=True)
@@ -74,9 +78,11 @@ def build_student(recipe: Recipe, teacher: FrozenTeacher, device: torch.device, 
     """Student of a frozen teacher, with its initial state (collective); see `build_trainer`.
 
     Raises:
-        RecipeError: The recipe's student cannot learn from this teacher.
+        HistoscaleError: The recipe's student cannot learn from this teacher, or starts from published weights that
+            cannot be used; raised on every rank.
     """
     network, objective = teacher.pupil(recipe)
+    start_from_published(network.to(device), recipe, store)
     student = StudentEngine(network, recipe, device)
     average = Average(master_fragments(student.deepspeed))
     return Trainer(recipe, student, average, objective, store, teacher.fingerprint)
@@ -172,7 +178,12 @@ class Trainer:
             TrainingError: The step is not the next one.
         """
         if step != self._next_step:
-            raise TrainingError("a step is out of order", value=step, expected=f"step {self._next_step}")
+            raise TrainingError(
+                "a step is out of order",
+                value=step,
+                expected=f"step {self._next_step}",
+                remedy="begin at the step that `resume` returns, and take each once",
+            )
         return self._train_step.prepare(step, micro_batches)
 
     def update(
@@ -245,6 +256,7 @@ class Trainer:
                 "a checkpoint is asked for at another step than the trainer's",
                 value=step,
                 expected=f"step {self._next_step}, after at least one step",
+                remedy="save when as many steps have been taken",
             )
 
     def _note(self, commit: Commit) -> None:
