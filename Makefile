@@ -8,7 +8,7 @@ SEED ?= 0
 SET ?=
 OUT ?= quickstart-run
 
-.PHONY: install quickstart test test-slow check bench clean
+.PHONY: install quickstart test test-slow chaos check bench clean
 
 install: $(VENV)/installed
 
@@ -27,6 +27,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+chaos: install
+	$(BIN)/python -m pytest -m slow -s tests/chaos --chaos-seed "$(SEED)"
 
 check: install
 	$(BIN)/ruff format --check platform jobs tests

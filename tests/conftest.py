@@ -59,6 +59,17 @@ class S3Server:
         )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chaos-seed", type=int, default=0, help="seed of what happens to the runs of tests/chaos")
+
+
+@pytest.fixture(scope="session")
+def chaos_seed(pytestconfig: pytest.Config) -> int:
+    """Decides what happens to a run when."""
+    seed: int = pytestconfig.getoption("--chaos-seed")
+    return seed
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real slides and tiles; skips where it is not mounted."""

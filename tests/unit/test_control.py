@@ -1,6 +1,9 @@
 """What the driver, the workers and the controller of a run tell each other; no actor, and a clock by hand."""
 
-from histoscale.cluster.control import Member, News, Progress, RunControl, Wish
+import logging
+from types import SimpleNamespace
+
+from histoscale.cluster.control import Member, News, Progress, RunControl, Wish, warnings_told
 from histoscale.observe.timeline import Kind
 
 SILENCE_S = 60.0
@@ -101,3 +104,15 @@ def test_who_gives_no_sign_of_life_is_silent() -> None:
     assert [each.rank for each in told.silent] == [0]
     control.over(Kind.CRASH, "the workers failed")
     assert control.drain(SILENCE_S).silent == []
+
+
+def test_what_a_worker_warns_of_stands_in_the_log_of_the_job() -> None:
+    control, _ = running()
+    handle = SimpleNamespace(warn=SimpleNamespace(remote=control.warn))
+    log = logging.getLogger("histoscale.checkpoint.writer")
+    with warnings_told(handle, 1):
+        log.warning("the checkpoint of step %d was not committed", 4)
+        log.info("nothing to tell")
+    log.warning("nobody listens any more")
+    (news,) = control.drain(SILENCE_S).news
+    assert (news.text, news.kind) == ("warning: worker 1: the checkpoint of step 4 was not committed", None)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
@@ -12,7 +13,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from histoscale.cluster.control import ControllerLine
 from histoscale.cluster.elasticity import MAX_REPEATS
-from histoscale.cluster.failures import RunFailurePolicy, Yielded, diagnosis_in, explain
+from histoscale.cluster.failures import RunFailurePolicy, Yielded, describe_crash, diagnosis_in, explain
 from histoscale.errors import RecipeError, RunError
 from histoscale.observe.timeline import Kind
 
@@ -93,6 +94,13 @@ def test_progress_or_another_error_breaks_the_loop() -> None:
     for step, text in [(7, "a"), (7, "a"), (8, "a"), (8, "b"), (8, "a"), (8, "a")]:
         line.step = step
         assert lucky.make_decision(crash(text)) is RETRY
+
+
+def test_a_dead_worker_is_what_happened_whatever_the_others_tell_of_it() -> None:
+    broken = RuntimeError("Connection closed by peer [127.0.0.1]:51234")
+    dead = WorkerHealthCheckFailedError("a worker failed its health check", ActorDiedError())
+    assert describe_crash(WorkerGroupError("", {0: broken, 1: dead})) == "a worker died (ActorDiedError)"
+    assert "Connection closed" in describe_crash(WorkerGroupError("", {0: broken}))
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from histoscale import seeding
 
 FAULTS = ("unavailable", "reset", "truncated", "shortened", "delay")
+STALLED, GIVEN_UP = "stalled", "given up"
 _LOCALHOST = "127.0.0.1"
 _HEAD_LIMIT_BYTES = 64 * 1024
 _HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "transfer-encoding", "expect"}
@@ -38,6 +39,7 @@ def faulty_proxy(
     * `truncated`: half of the body, then the end of the connection
     * `shortened`: half of the body under a Content-Length of that half
     * `delay`: the right answer, late
+    * `stalled`: half of the body, then silence until the client goes; only where it is asked for
 
     Args:
         upstream: The S3 server, `http://host:port`.
@@ -47,14 +49,67 @@ def faulty_proxy(
         delay_s: How late a `delay` is, in seconds.
 
     Yields:
-        The proxy's endpoint, and how many requests were `passed` and went wrong in each way so far.
+        The proxy's endpoint, and how many requests were `passed`, went wrong in each way and, of those that stalled,
+        were `given up` so far.
     """
-    proxy = _Proxy(upstream, share, seed, kinds, delay_s)
+    proxy = _Proxy(upstream, _KeyedDraws(share, seed, kinds).draw, delay_s)
+    with _running(proxy) as endpoint:
+        yield endpoint, proxy.counts
+
+
+class Switch:
+    """Makes requests go wrong when it is told to; see `switched_proxy`.
+
+    Attributes:
+        endpoint: The proxy's.
+        counts: As of `faulty_proxy`.
+    """
+
+    def __init__(self, upstream: str) -> None:
+        self._proxy = _Proxy(upstream, self._draw, 0.0)
+        self._outage: str | None = None
+        self._next: list[str] = []
+        self.endpoint = ""
+        self.counts: Mapping[str, int] = self._proxy.counts
+
+    @contextlib.contextmanager
+    def outage(self, kind: str) -> Iterator[None]:
+        """While the block lasts every request goes wrong, of whatever method."""
+        self._outage = kind
+        try:
+            yield
+        finally:
+            self._outage = None
+
+    def spoil(self, kind: str, count: int) -> None:
+        """The next `count` ranged GETs go wrong."""
+        self._next.extend([kind] * count)
+
+    def _draw(self, name: str | None) -> str | None:
+        if self._outage is None and name is not None and self._next:
+            return self._next.pop()
+        return self._outage
+
+
+@contextlib.contextmanager
+def switched_proxy(upstream: str) -> Iterator[Switch]:
+    """Run a proxy in a thread of its own that passes everything on until it is switched.
+
+    Args:
+        upstream: The S3 server, `http://host:port`.
+    """
+    switch = Switch(upstream)
+    with _running(switch._proxy) as switch.endpoint:
+        yield switch
+
+
+@contextlib.contextmanager
+def _running(proxy: "_Proxy") -> Iterator[str]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="faulty-proxy", daemon=True)
     thread.start()
     try:
-        yield asyncio.run_coroutine_threadsafe(proxy.start(), loop).result(), proxy.counts
+        yield asyncio.run_coroutine_threadsafe(proxy.start(), loop).result()
     finally:
         asyncio.run_coroutine_threadsafe(proxy.stop(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
@@ -62,15 +117,41 @@ def faulty_proxy(
         loop.close()
 
 
-class _Proxy:
-    def __init__(self, upstream: str, share: float, seed: int, kinds: Sequence[str], delay_s: float) -> None:
-        parts = urlsplit(upstream)
-        self._upstream = (parts.hostname or _LOCALHOST, parts.port or 80)
+class _KeyedDraws:
+    """A keyed share of the ranged GETs goes wrong."""
+
+    def __init__(self, share: float, seed: int, kinds: Sequence[str]) -> None:
         self._share = share
         self._seed = seed
         self._kinds = kinds
-        self._delay_s = delay_s
         self._seen: Counter[str] = Counter()
+
+    def draw(self, name: str | None) -> str | None:
+        """What goes wrong with the next request of this name; None: nothing."""
+        if name is None:
+            return None
+        self._seen[name] += 1
+        word = seeding.key(self._seed, "proxy", name, self._seen[name])
+        if (word >> 32) >= self._share * 2**32:
+            return None
+        return self._kinds[(word & 0xFFFFFFFF) % len(self._kinds)]
+
+
+class _Proxy:
+    """Passes requests on, or spoils them.
+
+    Args:
+        upstream: The S3 server.
+        draw: What goes wrong with a request, given the name of the object and the range, or None where it is no GET of
+            a range.
+        delay_s: How late a `delay` is.
+    """
+
+    def __init__(self, upstream: str, draw: Callable[[str | None], str | None], delay_s: float) -> None:
+        parts = urlsplit(upstream)
+        self._upstream = (parts.hostname or _LOCALHOST, parts.port or 80)
+        self._draw = draw
+        self._delay_s = delay_s
         self.counts: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -106,10 +187,11 @@ class _Proxy:
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         method, target, _ = request.split(" ", 2)
-        fault = self._draw(f"{target} {headers['range']}") if method == "GET" and "range" in headers else None
+        fault = self._draw(f"{target} {headers['range']}" if method == "GET" and "range" in headers else None)
         self.counts[fault or "passed"] += 1
         if fault == "unavailable":
-            writer.write(_render("HTTP/1.1 503 Slow Down", {"content-length": str(len(_SLOW_DOWN))}) + _SLOW_DOWN)
+            head = _render("HTTP/1.1 503 Slow Down", {"content-length": str(len(_SLOW_DOWN))})
+            writer.write(head if method == "HEAD" else head + _SLOW_DOWN)
             return True
         if fault == "reset":
             _reset(writer)
@@ -119,17 +201,14 @@ class _Proxy:
         status, answer_headers, answer = await self._ask(f"{method} {target} HTTP/1.0", headers, body)
         if method != "HEAD":  # its answer has the length of a body that does not follow
             answer_headers["content-length"] = str(len(answer) // (2 if fault == "shortened" else 1))
-        kept = len(answer) // 2 if fault in ("truncated", "shortened") else len(answer)
+        kept = len(answer) // 2 if fault in ("truncated", "shortened", STALLED) else len(answer)
         writer.write(_render(status, answer_headers) + answer[:kept])
+        if fault == STALLED:
+            await writer.drain()
+            await reader.read(1)
+            self.counts[GIVEN_UP] += 1
+            return False
         return fault != "truncated" and headers.get("connection", "").lower() != "close"
-
-    def _draw(self, name: str) -> str | None:
-        """What goes wrong with the next request of this name; None: nothing."""
-        self._seen[name] += 1
-        word = seeding.key(self._seed, "proxy", name, self._seen[name])
-        if (word >> 32) >= self._share * 2**32:
-            return None
-        return self._kinds[(word & 0xFFFFFFFF) % len(self._kinds)]
 
     async def _ask(self, request: str, headers: _Headers, body: bytes) -> tuple[str, _Headers, bytes]:
         """Pass a request on, over a connection of its own: in HTTP/1.0 the answer ends where the connection does."""

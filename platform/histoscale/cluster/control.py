@@ -1,12 +1,13 @@
 """The wire between a run's driver, its workers and Ray's controller: wishes one way, progress and life signs back."""
 
+import contextlib
 import itertools
 import logging
 import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
@@ -178,6 +179,10 @@ class RunControl:
         """Take note of attempts that the content refused."""
         self._faults.extend(faults)
 
+    def warn(self, text: str) -> None:
+        """Take note of a warning, for the log of the job."""
+        self._report(f"warning: {text}", None)
+
     def over(self, kind: Kind, why: str) -> int:
         """The attempt has ended; returns the last step that was told.
 
@@ -257,6 +262,29 @@ class Pulse:
     def stop(self) -> None:
         """The worker leaves by itself."""
         self._over.set()
+
+
+@contextlib.contextmanager
+def warnings_told(control: ControlHandle, rank: int) -> Iterator[None]:
+    """Pass on what a worker warns of while the block lasts: its own log stays on its node."""
+    line = _WarningsLine(control, rank)
+    logger = logging.getLogger("histoscale")
+    logger.addHandler(line)
+    try:
+        yield
+    finally:
+        logger.removeHandler(line)
+
+
+class _WarningsLine(logging.Handler):
+    """Sends warnings to the log of the job; nobody waits for them."""
+
+    def __init__(self, control: ControlHandle, rank: int) -> None:
+        super().__init__(logging.WARNING)
+        self._control, self._rank = control, rank
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._control.warn.remote(f"worker {self._rank}: {record.getMessage()}")
 
 
 class ControllerLine:

@@ -88,13 +88,17 @@ class RunFailurePolicy(DefaultFailurePolicy):
 
 
 def describe_crash(error: TrainingFailedError) -> str:
-    """What happened to the first worker that failed, in a line that is the same when it happens again."""
+    """What happened to the workers, in a line that is the same when it happens again.
+
+    Where one has died, that is it: the others only tell of connections that broke.
+    """
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     if not failures:
         return str(error).strip().splitlines()[-1]
+    dead = [died for _, failure in sorted(failures.items()) if (died := found_in(failure, RayActorError)) is not None]
+    if dead:
+        return f"a worker died ({type(dead[0]).__name__})"
     rank, failure = min(failures.items())
-    if isinstance(failure, RayActorError):
-        return f"a worker died ({type(failure).__name__})"
     cause: Any = getattr(failure, "_base_exc", failure)
     return f"{type(cause).__name__} on rank {rank}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else ''}"
 

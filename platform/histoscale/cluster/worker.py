@@ -1,5 +1,6 @@
 """What every worker of a run does: take its replicas' tiles, take the steps, commit, tell."""
 
+import contextlib
 import secrets
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from ray.train.torch import get_device
 
 from histoscale.checkpoint.collective import on_first_rank
 from histoscale.checkpoint.manifest import Commit
-from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Pulse, Wish
+from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Pulse, Wish, warnings_told
 from histoscale.cluster.failures import Yielded
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, RunError
@@ -51,21 +52,27 @@ def train_worker(config: dict[str, WorkerSpec]) -> None:
     spec = config["spec"]
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
+    with warnings_told(spec.control, rank):
+        _train(spec, rank, workers)
+
+
+def _train(spec: WorkerSpec, rank: int, workers: int) -> None:
     torch.set_num_threads(spec.recipe.cluster.cpus_per_worker)
-    device = get_device() if spec.device == "cuda" else torch.device("cpu")
-    trainer = build_trainer(spec.recipe, device, open_store(spec.run_uri))
-    start = trainer.resume()
-    _require_planned(spec, start)
     attempt = on_first_rank(lambda: secrets.token_hex(8))
-    pulse = Pulse(spec.control, attempt, rank)
-    feed = RankFeed(spec.feed, RankShare(spec.feed_master, attempt, rank, workers), start)
+    pulse = Pulse(spec.control, attempt, rank)  # before the state is read: a worker may stand still there, too
     try:
-        if rank == 0:
-            _lead(spec, trainer, feed, start)
-        else:
-            _follow(spec, trainer, feed, start)
+        device = get_device() if spec.device == "cuda" else torch.device("cpu")
+        trainer = build_trainer(spec.recipe, device, open_store(spec.run_uri))
+        start = trainer.resume()
+        _require_planned(spec, start)
+        with contextlib.closing(
+            RankFeed(spec.feed, RankShare(spec.feed_master, attempt, rank, workers), start)
+        ) as feed:
+            if rank == 0:
+                _lead(spec, trainer, feed, start)
+            else:
+                _follow(spec, trainer, feed, start)
     finally:
-        feed.close()
         pulse.stop()
 
 

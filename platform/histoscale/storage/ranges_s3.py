@@ -72,7 +72,7 @@ class _Answer:
 class S3Ranges:
     """The ranges of the objects under a prefix of a bucket; see `RangeReader` for what the methods promise.
 
-    A read is tried up to 8 times within a minute, with exponential backoff and full jitter; each try has half a minute,
+    A read is tried up to 8 times within a minute, with exponential backoff and jitter; each try has half a minute,
     so what is larger than a few hundred megabytes goes in several requests.
 
     Args:

@@ -21,6 +21,7 @@ from histoscale.errors import StorageError
 from histoscale.storage import s3_errors
 from histoscale.storage.joined import joined
 from histoscale.storage.local import atomic_file, diagnosed_files
+from histoscale.storage.s3_retry import retry_requests
 from histoscale.storage.store import (
     ObjectInfo,
     check_key,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_ATTEMPTS = 8  # with botocore's backoff about half a minute, so a server that restarts is waited for
 _BODY_ATTEMPTS = 4  # botocore retries no answer whose body breaks off
 _CONFLICT_ATTEMPTS = 6  # S3 answers 409 while another conditional write or delete is under way
 _CONFLICT_PAUSE_S = 0.5
@@ -299,11 +299,8 @@ def _client(pid: int, settings: tuple[tuple[str, str], ...]) -> "S3Client":
 
     A client takes tenths of a second to make, and a job opens a store per slide.
     """
-    retries: dict[str, Any] = {"mode": "standard"}
-    if "AWS_MAX_ATTEMPTS" not in os.environ:
-        retries["total_max_attempts"] = _ATTEMPTS
     config = Config(
-        retries=retries,  # type: ignore[arg-type]  # the stub wants a typed dict with both keys
+        retries={"mode": "standard", "total_max_attempts": 1},
         connect_timeout=_CONNECT_TIMEOUT_S,
         read_timeout=_READ_TIMEOUT_S,
         max_pool_connections=_CONNECTIONS,
@@ -311,12 +308,13 @@ def _client(pid: int, settings: tuple[tuple[str, str], ...]) -> "S3Client":
     )
     session = boto3.Session()  # the default session is not safe between threads
     client: S3Client = session.client("s3", config=config)
-    if ".amazonaws." in (urlsplit(client.meta.endpoint_url).hostname or ""):
-        return client
-    # Servers other than AWS seldom have a host name per bucket, and not all know its newer checksums.
-    compatible = Config(
-        s3={"addressing_style": "path"},
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    return session.client("s3", config=config.merge(compatible))
+    if ".amazonaws." not in (urlsplit(client.meta.endpoint_url).hostname or ""):
+        # Servers other than AWS seldom have a host name per bucket, and not all know its newer checksums.
+        compatible = Config(
+            s3={"addressing_style": "path"},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        client = session.client("s3", config=config.merge(compatible))
+    retry_requests(client)
+    return client
