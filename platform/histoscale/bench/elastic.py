@@ -29,7 +29,7 @@ from histoscale.errors import RunError
 from histoscale.slides.synthetic import make_slides
 
 _KILLS = 3
-_STEPS, _TILES, _COMMIT_STEPS = 600, 16, 20
+_STEPS, _TILES, _COMMIT_STEPS = 300, 16, 20
 _WORKER_CPUS = 2  # trainers fit on nodes of two, readers on nodes of one
 _STORE_BYTES = 2 * 10**8
 _PREEMPTION = 2  # DrainNodeReason of Ray's autoscaler protocol
