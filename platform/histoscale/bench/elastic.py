@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -57,14 +58,14 @@ def elastic() -> Iterator[Figure]:
     """`elastic.recovery_s`, `elastic.steps_redone` after a kill and after a notice, `elastic.curve_difference`."""
     with tempfile.TemporaryDirectory(prefix="histoscale-bench-") as name, _environment() as environment:
         folder = Path(name)
-        with _cluster() as cluster:
+        with _cluster() as (cluster, last_node):
             environment["RAY_ADDRESS"] = cluster.address
             index = _index(folder, environment)
             _pretrain(index, folder / "alone", "1", environment).finish()
             job = _pretrain(index, folder / "run", "[1, 2]", environment)
             try:
                 kills = [_after_a_kill(job) for _ in range(_KILLS)]
-                notice = _after_a_notice(job, cluster)
+                notice = _after_a_notice(job, cluster, last_node)
                 job.finish()
             finally:
                 job.end()
@@ -94,9 +95,8 @@ def _after_a_kill(job: WatchedJob) -> _Recovery:
     return _recovered(job, time.monotonic())
 
 
-def _after_a_notice(job: WatchedJob, cluster: Cluster) -> _Recovery:
+def _after_a_notice(job: WatchedJob, cluster: Cluster, node: Any) -> _Recovery:
     job.wait_for("checkpoint committed")
-    node = cluster.list_all_nodes()[-1]  # type: ignore[no-untyped-call]
     deadline_ms = int((time.time() + _NOTICE_S) * 1000)
     given_s = time.monotonic()
     GcsClient(address=cluster.address).drain_node(node.node_id, _PREEMPTION, "spot", deadline_ms)
@@ -170,12 +170,14 @@ def _environment() -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _cluster() -> Iterator[Cluster]:
-    """A head and a node for readers, and two that a trainer fits on."""
+def _cluster() -> Iterator[tuple[Cluster, Any]]:
+    """A head and a node for readers, and two that a trainer fits on, of which the last is given as well."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": _STORE_BYTES})
     try:
-        for cpus in (1, _WORKER_CPUS, _WORKER_CPUS):
+        nodes = [
             cluster.add_node(num_cpus=cpus, object_store_memory=_STORE_BYTES)
-        yield cluster
+            for cpus in (1, _WORKER_CPUS, _WORKER_CPUS)
+        ]
+        yield cluster, nodes[-1]
     finally:
         cluster.shutdown()  # type: ignore[no-untyped-call]
