@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -28,6 +28,9 @@ from histoscale.bench.watched_job import WatchedJob
 from histoscale.cluster.job import ENVIRONMENT
 from histoscale.errors import RunError
 from histoscale.slides.synthetic import make_slides
+
+# A node of Ray's test cluster, which has no types.
+_Node: TypeAlias = Any
 
 _KILLS = 3
 _STEPS, _TILES, _COMMIT_STEPS = 300, 16, 20
@@ -95,7 +98,7 @@ def _after_a_kill(job: WatchedJob) -> _Recovery:
     return _recovered(job, time.monotonic())
 
 
-def _after_a_notice(job: WatchedJob, cluster: Cluster, node: Any) -> _Recovery:
+def _after_a_notice(job: WatchedJob, cluster: Cluster, node: _Node) -> _Recovery:
     job.wait_for("checkpoint committed")
     deadline_ms = int((time.time() + _NOTICE_S) * 1000)
     given_s = time.monotonic()
@@ -170,8 +173,8 @@ def _environment() -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _cluster() -> Iterator[tuple[Cluster, Any]]:
-    """A head and a node for readers, and two that a trainer fits on, of which the last is given as well."""
+def _cluster() -> Iterator[tuple[Cluster, _Node]]:
+    """A head and a node for readers, and two that a trainer fits on; the last of these is given as well."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": _STORE_BYTES})
     try:
         nodes = [
