@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import archive
 import numpy as np
-import tifffile
 import torch
 import torch.distributed as dist
 import workers
+from numpy.typing import NDArray
 
 from histoscale.checkpoint.capture import read_capture
 from histoscale.checkpoint.fragments import MASTER, Fragment, master_fragments, parameter_shapes, refresh_parameters
@@ -22,19 +23,10 @@ from histoscale.config.archs import ARCHS
 from histoscale.config.decode import decode_recipe
 from histoscale.config.recipe import Recipe
 from histoscale.errors import NonFiniteError
-from histoscale.sampling.replicas import replicas_of
 from histoscale.slides.catalogue import open_catalogue
-from histoscale.slides.index import SlideLocation, SlideRecord, make_index, write_index
-from histoscale.slides.table_cache import TableCache
-from histoscale.slides.tiled import open_tiled
 from histoscale.storage import open_store
-from histoscale.storage.ranges import open_ranges
-from histoscale.stream.chapters import Chapter
-from histoscale.stream.feed import MicroBatch
-from histoscale.stream.reader import Reader, ReaderSpec
 
 ARCH = ARCHS["vit_test14"]
-NAME = "Mustermann-1957-07-01"
 WHITE = f"{1:032x}"  # the id of the slide that is white all over
 HUGE = 3.4e38  # finite in fp32, and above what bf16 holds
 
@@ -91,43 +83,13 @@ def recipe_of(zero_stage: int = 2, precision: str = "fp32") -> Recipe:
     """The tiny recipe on the tiny index, without colour jitter, so that white stays white."""
     values = workers.tiny_recipe(zero_stage=zero_stage).model_dump(mode="json") | {"precision": precision}
     values["augment"] |= {"jitter_p": 0.0, "grayscale_p": 0.0, "solarize_p": 0.0, "blur_p": [0.0, 0.0, 0.0]}
-    values["data"] |= {
-        "mix": [{"mpp": 0.5, "share": 1.0}, {"mpp": 1.0, "share": 1.0}],
-        "min_tissue": 0.5,
-        "min_tile_tissue": 0.0,
-        "min_sharpness": 0.0,
-    }
+    values["data"] |= archive.DATA
     return decode_recipe(values)
 
 
-def write_archive(folder: Path, count: int = 5) -> str:
-    """Slides with an index; the first is white. Answers the snapshot."""
-    slides = folder / "slides"
-    slides.mkdir(parents=True)
-    for n in range(count):
-        coarse = np.random.default_rng(n).integers(120, 137, (40, 50, 3)).astype(np.uint8)
-        pixels = np.kron(coarse, np.ones((16, 16, 1), np.uint8)) if n else np.full((640, 800, 3), 255, np.uint8)
-        tifffile.imwrite(
-            slides / f"{NAME}-{n}.tif",
-            pixels,
-            tile=(128, 128),
-            compression="deflate",
-            photometric="rgb",
-            resolution=(20_000, 20_000),
-            resolutionunit="CENTIMETER",
-        )
-    source, tables = open_store(slides, private=True), TableCache()
-    ranges = open_ranges(source.uri)
-    records, locations = [], {}
-    for n, info in enumerate(source.list()):
-        slide = open_tiled([info], ranges, tables)
-        assert slide is not None
-        mask = np.ones((40, 50), bool)
-        name = f"{n + 1:032x}"
-        record = SlideRecord(name, "generic-tiff", 800, 640, 0.5, "tiff", info.size_bytes, (1.0,), mask, 16.0)
-        records.append(replace(record, layout=slide.layout.to_bytes()))
-        locations[name] = SlideLocation(source.uri, (info,), None)
-    return write_index(open_store(folder / "index"), make_index(records, ()), locations).snapshot_id
+def slides() -> list[NDArray[np.uint8]]:
+    """Five, of which the first is white."""
+    return [np.full((640, 800, 3), 255, np.uint8), *(archive.noise(seed, 120, 137) for seed in range(1, 5))]
 
 
 def fail_and_capture(rank: int, folder: Path) -> None:
@@ -141,17 +103,17 @@ def fail_and_capture(rank: int, folder: Path) -> None:
         store = open_store(run)
         if rank == 0:
             start_run(store, recipe, str(folder / "index"), snapshot_id)
-        reader = Reader(ReaderSpec.from_recipe(recipe, str(folder / "index"), snapshot_id, {}))
+        reader = archive.open_reader(recipe, folder)
         trainer = build_trainer(recipe, torch.device("cpu"), store)
         for step in range(case.step):
-            trainer.step(step, tiles_of(reader, recipe, rank, step))
+            trainer.step(step, archive.read_turns(reader, recipe, rank, step))
         masters = master_fragments(trainer.student.deepspeed)
         for name in case.spoil.keys() & masters.keys():
             case.spoil[name](masters[name].tensors[MASTER])
         refresh_parameters(trainer.student.deepspeed)
         before = _state_of(trainer, case.step)
         try:
-            trainer.step(case.step, tiles_of(reader, recipe, rank, case.step))
+            trainer.step(case.step, archive.read_turns(reader, recipe, rank, case.step))
         except NonFiniteError as error:
             report = {"error": str(error), "unchanged": workers._same(before, _state_of(trainer, case.step))}
         capture = read_capture(store, f"captures/{next((run / 'captures').iterdir()).name}")
@@ -165,17 +127,6 @@ def fail_and_capture(rank: int, folder: Path) -> None:
         )
         (folder / f"{case.name}-{rank}.json").write_text(json.dumps(report))
         dist.barrier()
-
-
-def tiles_of(reader: Reader, recipe: Recipe, rank: int, step: int) -> list[MicroBatch | None]:
-    """This rank's micro-batches as its feed would give them."""
-    mine = replicas_of(rank, dist.get_world_size(), recipe.batch.replicas)
-    return [None if replica is None else read(reader, step, replica) for replica in mine]
-
-
-def read(reader: Reader, step: int, replica: int) -> MicroBatch:
-    found = reader.read(Chapter(step // 2, replica, step, step), replica)
-    return MicroBatch(replica, found.sample_ids[0], found.tiles[0], found.mpp[0], found.slides[0], tuple(found.faults))
 
 
 def replay_all(rank: int, requests: dict[str, ReplayRequest], told: Path) -> None:

@@ -6,7 +6,9 @@ Sinkhorn-Knopp, losses, clipping, optimiser and EMA are written out here once mo
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +23,16 @@ from histoscale.models.ssl import SSLNet, build_ssl_net
 from histoscale.seeding import key
 
 
+class MicroBatch(Protocol):
+    """The tiles of one replica in one step."""
+
+    @property
+    def sample_ids(self) -> NDArray[np.int64]: ...
+
+    @property
+    def tiles(self) -> NDArray[np.uint8]: ...
+
+
 @dataclass(frozen=True)
 class Tiles:
     """The tiles of one replica in one step, as the feed would give them."""
@@ -33,11 +45,22 @@ class Tiles:
 
 @dataclass
 class PlainRun:
-    """What a run leaves behind."""
+    """What a run leaves behind.
+
+    Attributes:
+        rates: Of each step, the learning rates and weight decays that parameters had together, each pair once.
+        state: By kind, as a checkpoint has it: fp32, ema, exp_avg and exp_avg_sq.
+    """
 
     metrics: list[dict[str, float]] = field(default_factory=list)
+    rates: list[list[tuple[float, float]]] = field(default_factory=list)
     initial_teacher: dict[str, Tensor] = field(default_factory=dict)
-    teacher: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def teacher(self) -> dict[str, Tensor]:
+        """The average of the student's weights."""
+        return self.state["ema"]
 
 
 def tiles_of(recipe: Recipe, step: int, replica: int) -> Tiles:
@@ -53,8 +76,8 @@ def tiles_of(recipe: Recipe, step: int, replica: int) -> Tiles:
     return Tiles(replica, sample_ids, tiles)
 
 
-def run_plain(recipe: Recipe, steps: int) -> PlainRun:
-    """Train `steps` steps in fp32 and return its metrics and its teacher."""
+def run_plain(recipe: Recipe, steps: int, tiles_of: Callable[[Recipe, int, int], MicroBatch] = tiles_of) -> PlainRun:
+    """Train `steps` steps in fp32 on the tiles of (recipe, step, replica)."""
     student = build_ssl_net(recipe)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     groups = [{"params": [parameter], "name": name} for name, parameter in student.named_parameters()]
@@ -66,7 +89,9 @@ def run_plain(recipe: Recipe, steps: int) -> PlainRun:
             decay = half_cosine(*recipe.optim.weight_decay, images, recipe)
             group["weight_decay"] = decay if group["params"][0].ndim >= 2 else 0.0
             group["lr"] = learning_rate(recipe, images) * rate_factor(recipe, group["name"], images)
-        metrics = backward(recipe, student, teacher, step, images)
+        run.rates.append(sorted({(group["lr"], group["weight_decay"]) for group in optimizer.param_groups}))
+        replicas = [tiles_of(recipe, step, replica) for replica in range(recipe.batch.replicas)]
+        metrics = backward(recipe, student, teacher, step, replicas)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.optim.clip_norm)
         run.metrics.append(metrics | {"grad_norm": float(norm)})
         optimizer.step()
@@ -75,7 +100,9 @@ def run_plain(recipe: Recipe, steps: int) -> PlainRun:
         with torch.no_grad():
             for average, weight in zip(teacher.parameters(), student.parameters(), strict=True):
                 average.copy_(momentum * average + (1.0 - momentum) * weight)
-    run.teacher = copy_of(teacher)
+    run.state = {"fp32": copy_of(student), "ema": copy_of(teacher)}
+    for kind in ("exp_avg", "exp_avg_sq"):
+        run.state[kind] = {name: optimizer.state[weight][kind] for name, weight in student.named_parameters()}
     return run
 
 
@@ -83,10 +110,12 @@ def copy_of(net: SSLNet) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in net.named_parameters()}
 
 
-def backward(recipe: Recipe, student: SSLNet, teacher: SSLNet, step: int, images: int) -> dict[str, float]:
+def backward(
+    recipe: Recipe, student: SSLNet, teacher: SSLNet, step: int, replicas: list[MicroBatch]
+) -> dict[str, float]:
     """Gradient of the whole step; returns its losses."""
+    images = (step + 1) * recipe.batch.tiles
     grid = recipe.crops.global_px // ARCHS[recipe.model.arch].patch_px
-    replicas = [tiles_of(recipe, step, replica) for replica in range(recipe.batch.replicas)]
     views = [augment(torch.from_numpy(each.tiles), each.sample_ids, recipe) for each in replicas]
     masks = [torch.from_numpy(block_masks(each.sample_ids, recipe.seed, grid, recipe.loss)) for each in replicas]
     with torch.no_grad():

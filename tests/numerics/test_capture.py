@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import archive
 import capturing
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from histoscale.errors import CheckpointError, RunError, SlideIndexError
 from histoscale.slides.catalogue import open_catalogue
 from histoscale.slides.exclusions import append_exclusion
 from histoscale.storage import open_store
-from histoscale.stream.reader import Reader, ReaderSpec
 
 pytestmark = pytest.mark.timeout(900)  # several processes share what cores there are
 
@@ -30,7 +30,7 @@ CASES = [case.name for case in capturing.CASES]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an index, and of the runs of two workers that failed on it."""
     folder = tmp_path_factory.mktemp("runs")
-    capturing.write_archive(folder)
+    archive.write_archive(folder, capturing.slides())
     workers.launch(capturing.fail_and_capture, 2, folder)
     return folder
 
@@ -78,7 +78,7 @@ def test_a_capture_says_what_the_step_was_made_of_and_names_no_slide(runs: Path,
     assert capture.state.written_by["workers"] == "2"
     assert not all(map(np.isfinite, capture.measured.values()))
     for file in folder.iterdir():
-        assert capturing.NAME.encode() not in file.read_bytes()
+        assert archive.NAME.encode() not in file.read_bytes()
 
 
 def test_doctor_finds_the_replicas_and_the_tiles_that_bring_it_about(runs: Path) -> None:
@@ -98,14 +98,13 @@ def test_doctor_finds_the_replicas_and_the_tiles_that_bring_it_about(runs: Path)
     assert any(f"slide {capturing.WHITE} (row 0)" in line and line.endswith(", constant") for line in lines)
     assert lines[-2].startswith(f"diagnosis: only {named} of 4 are affected")
     assert lines[-1].startswith("what to do: look at these slides")
-    assert capturing.NAME not in done.stdout
+    assert archive.NAME not in done.stdout
 
 
 def white_replicas(runs: Path) -> list[int]:
     recipe = capturing.recipe_of()
-    index = str(runs / "index")
-    reader = Reader(ReaderSpec.from_recipe(recipe, index, open_catalogue(index).snapshot_id, {}))
-    batches = [capturing.read(reader, 1, replica) for replica in range(4)]
+    reader = archive.open_reader(recipe, runs)
+    batches = [archive.read(reader, recipe, 1, replica) for replica in range(4)]
     return [batch.replica for batch in batches if 0 in batch.slides]
 
 

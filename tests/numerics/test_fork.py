@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from workers import STEPS, TILES_PER_STEP, flat, launch, tiny_recipe, turns
+from workers import STEPS, TILES_PER_STEP, flat, launch, tiny_recipe, turns, whole_state
 
-from histoscale.checkpoint.fragments import MASTER, MOMENTS, Fragment
+from histoscale.checkpoint.fragments import Fragment
 from histoscale.checkpoint.parent import parent_at, write_parent
-from histoscale.checkpoint.reader import commit_at, load_into, read_manifest
+from histoscale.checkpoint.reader import commit_at
 from histoscale.config.recipe import Recipe
 from histoscale.storage import open_store
 
@@ -28,20 +28,6 @@ def longer(stage: int, **crops: int) -> Recipe:
     values["crops"] |= crops
     values["data"] |= {"region_px": 66}
     return Recipe.model_validate(values)
-
-
-def whole_state(run: Path, step: int) -> dict[str, Fragment]:
-    """Every tensor of a commit; the parents' runs go on in other tests, so the step is said."""
-    store = open_store(run)
-    commit = commit_at(store, step)
-    shapes = read_manifest(store, commit).shapes
-    kinds = (MASTER, "ema", *MOMENTS)
-    whole = {
-        name: Fragment(0, math.prod(shape), shape, {kind: torch.empty(math.prod(shape)) for kind in kinds})
-        for name, shape in shapes.items()
-    }
-    load_into(store, commit, whole, shapes)
-    return whole
 
 
 def begin(parent: Path, recipe: Recipe, run: Path) -> Any:

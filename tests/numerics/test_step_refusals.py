@@ -37,3 +37,13 @@ def test_step_out_of_order_is_refused(report: dict[str, Any]) -> None:
 
 def test_save_of_another_step_is_refused(report: dict[str, Any]) -> None:
     assert report["save: error"].startswith("TrainingError: a checkpoint is asked for at another step")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_step_is_taken_on_a_checkpoint_that_was_read_in_part(two_workers: Path, rank: int) -> None:
+    report = json.loads((two_workers / f"in-part-rank-{rank}.json").read_text())
+    assert report["resume"].startswith("CorruptCheckpoint: ")
+    assert report["read"], "some of it is in the student's weights"
+    refusal = "TrainingError: the state of this run was read in part only"
+    assert report["step"].startswith(refusal)
+    assert report["save"].startswith(refusal)

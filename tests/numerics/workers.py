@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -16,12 +17,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from plain_reference import tiles_of
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from histoscale.checkpoint.fragments import EMA, MASTER, MOMENTS, Fragment, master_fragments
+from histoscale.checkpoint.reader import commit_at, load_into, read_manifest
 from histoscale.config.archs import ARCHS
 from histoscale.config.decode import decode_recipe
 from histoscale.config.recipe import Recipe
 from histoscale.errors import HistoscaleError, StorageError
+from histoscale.models.vit import Block
 from histoscale.sampling.replicas import replicas_of
 from histoscale.storage import open_store
 from histoscale.storage.local import LocalStore
@@ -33,7 +38,7 @@ TILES_PER_STEP = 12
 LIVELY_ARCH = replace(ARCHS["vit_test14"], layer_scale=None)
 
 
-def tiny_recipe(**cluster: int) -> Recipe:
+def tiny_recipe(**cluster: Any) -> Recipe:
     """Four replicas of three tiles, everything scheduled, clipped, dropped and masked within six steps."""
     return decode_recipe(
         {
@@ -67,9 +72,15 @@ def tiny_recipe(**cluster: int) -> Recipe:
 
 
 def launch(target: Callable[..., None], workers: int, *args: Any) -> None:
-    """Run `target(rank, *args)` in a process group of `workers` fresh processes."""
+    """Run `target(rank, *args)` in a process group of `workers` new processes.
+
+    They are forks of one process that has imported everything and computed nothing: imports take seconds.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    multiprocessing.set_forkserver_preload(["deepspeed.runtime.zero.muon.muon_optimizer", "histoscale.train.trainer"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, args=(workers, f"{folder}/rendezvous", target, args), nprocs=workers)
+        args = (workers, f"{folder}/rendezvous", target, args)
+        mp.start_processes(_enter, args=args, nprocs=workers, start_method="forkserver")
 
 
 def _enter(rank: int, workers: int, rendezvous: str, target: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -92,14 +103,18 @@ def three_workers(rank: int, folder: Path) -> None:
 
 
 def two_workers(rank: int, folder: Path) -> None:
-    """Runs of ZeRO 1, 2 and 3, with copies of what they left halfway, and all that must be refused."""
+    """Runs of ZeRO 1, 2 and 3, with copies of what they left halfway; one of blocks that are computed twice; and all
+    that must be refused.
+    """
     for stage in (1, 2, 3):
         recipe, run = tiny_recipe(zero_stage=stage), folder / f"zero-{stage}"
         train(rank, recipe, run, STEPS // 2)
         if rank == 0:
             shutil.copytree(run, folder / "halfway" / f"zero-{stage}")
         train(rank, recipe, run, STEPS)
+    compute_blocks_twice(rank, folder)
     resume_foreign(rank, folder)
+    resume_in_part(rank, folder)
     commit_beside_training(rank, folder)
     for stage in (2, 3):
         misbehave(rank, stage, folder)
@@ -142,6 +157,20 @@ def turns(recipe: Recipe, rank: int, step: int) -> list[Any]:
     return [None if replica is None else tiles_of(recipe, step, replica) for replica in mine]
 
 
+def whole_state(run: Path, step: int) -> dict[str, Fragment]:
+    """Every tensor of a commit."""
+    store = open_store(run)
+    commit = commit_at(store, step)
+    shapes = read_manifest(store, commit).shapes
+    kinds = (MASTER, EMA, *MOMENTS)
+    whole = {
+        name: Fragment(0, math.prod(shape), shape, {kind: torch.empty(math.prod(shape)) for kind in kinds})
+        for name, shape in shapes.items()
+    }
+    load_into(store, commit, whole, shapes)
+    return whole
+
+
 class RefusesOnce(LocalStore):
     """A folder whose first write fails; a fake."""
 
@@ -175,10 +204,7 @@ def commit_beside_training(rank: int, folder: Path) -> None:
     committed.append(trainer.save(STEPS).step)
     again = trainer.save(STEPS).folder
     if last:
-        shard = run / again / "rank-1-of-2.safetensors"
-        data = bytearray(shard.read_bytes())
-        data[len(data) // 2] ^= 1
-        shard.write_bytes(data)
+        flip_a_bit(run / again / "rank-1-of-2.safetensors")
     dist.barrier()
     resumed = build_trainer(recipe, torch.device("cpu"), open_store(run))
     start = resumed.resume()
@@ -200,6 +226,43 @@ def resume_foreign(rank: int, folder: Path) -> None:
     other = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": 1e-3})})
     trainer = build_trainer(other, torch.device("cpu"), open_store(folder / "zero-1"))
     (folder / f"refusal-{rank}.txt").write_text(_error_of(trainer.resume))
+
+
+def compute_blocks_twice(rank: int, folder: Path) -> None:
+    """A run under ZeRO 3 that keeps no activations of its blocks; reports how often a block was computed."""
+    calls: list[nn.Module] = []
+    hook = register_module_forward_pre_hook(lambda module, _: calls.append(module) if type(module) is Block else None)
+    train(rank, tiny_recipe(zero_stage=3, activation_checkpointing=True), folder / "twice", STEPS)
+    hook.remove()
+    (folder / f"twice-rank-{rank}.json").write_text(json.dumps(len(calls)))
+
+
+def resume_in_part(rank: int, folder: Path) -> None:
+    """Resume from a checkpoint of which what the last rank reads is damaged, and try to go on; report all refusals."""
+    from histoscale.train.trainer import build_trainer
+
+    recipe, run = tiny_recipe(zero_stage=2), folder / "damaged"
+    if rank == 0:
+        shutil.copytree(folder / "halfway" / "zero-2", run)
+        flip_a_bit(next(run.glob("checkpoints/*/rank-1-of-2.safetensors")))
+    dist.barrier()
+    trainer = build_trainer(recipe, torch.device("cpu"), open_store(run))
+    masters = master_fragments(trainer.student.deepspeed)
+    before = {name: part.tensors[MASTER].clone() for name, part in masters.items()}
+    report = {
+        "resume": _error_of(trainer.resume),
+        "read": [name for name, part in masters.items() if not torch.equal(before[name], part.tensors[MASTER])],
+        "step": _error_of(partial(trainer.step, 0, turns(recipe, rank, 0))),
+        "save": _error_of(partial(trainer.save, STEPS // 2)),
+    }
+    (folder / f"in-part-rank-{rank}.json").write_text(json.dumps(report))
+
+
+def flip_a_bit(file: Path) -> None:
+    """In the middle of a file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
 
 
 def misbehave(rank: int, stage: int, folder: Path) -> None:

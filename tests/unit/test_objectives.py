@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from histoscale.objectives import Assignment, dino_loss, ibot_loss, kde_loss, koleo_loss, mean_cosine
+from histoscale.objectives.cosine import cosine_loss
 
 TILES, PROTOTYPES, WIDTH = 3, 5, 4
 
@@ -178,6 +179,11 @@ def test_gradients_of_spread_are_those_of_finite_differences(
     loss: Callable[[Tensor, int | None], Tensor], group: int | None
 ) -> None:
     assert torch.autograd.gradcheck(lambda x: loss(x, group), (normal(6, WIDTH, seed=2).requires_grad_(),))
+
+
+def test_the_gradient_of_the_cosine_loss_is_that_of_finite_differences() -> None:
+    leaves = (normal(2, 3, WIDTH, seed=5).requires_grad_(), normal(2, 3, WIDTH, seed=6).requires_grad_())
+    assert torch.autograd.gradcheck(cosine_loss, leaves)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

@@ -1,7 +1,9 @@
 """The student inside one DeepSpeed engine: ZeRO 1, 2 or 3 at any world size, with accumulation managed by us.
 
-DeepSpeed averages gradients over ranks, and a step's loss is a sum over replicas; so every backward is scaled by the
-world size. DeepSpeed is imported on first use: it takes seconds, and only training needs it.
+A step's loss is a sum over replicas, and so is its gradient. No replica's loss is scaled by the world size on the way:
+bf16 would round its gradient otherwise, unless the size is a power of two.
+
+DeepSpeed is imported on first use: it takes seconds, and only training needs it.
 """
 
 import contextlib
@@ -53,6 +55,10 @@ class StudentEngine:
             self.deepspeed = deepspeed.initialize(
                 model=network, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
+        self._averages = recipe.cluster.zero_stage == 3
+        if self._averages:
+            # ZeRO 3 has no sum. It undoes this scale in fp32, as it clips, and so its mean over the ranks becomes one.
+            self.deepspeed.optimizer.override_loss_scale(1.0 / self.world_size)
 
     def forward(self, *inputs: Tensor | None, **options: bool) -> dict[str, Tensor]:
         """The network's outputs, for what it takes; every rank must call this equally often in a step."""
@@ -61,7 +67,8 @@ class StudentEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-step's loss to that of the step."""
-        self.deepspeed.backward(loss * self.world_size, scale_wrt_gas=False)
+        # The factor meets the scale of the same size before anything is rounded to bf16.
+        self.deepspeed.backward(loss * self.world_size if self._averages else loss, scale_wrt_gas=False)
 
     def step(self, settings: StepSettings) -> float:
         """Update the weights; returns the global gradient norm before clipping.
@@ -133,12 +140,14 @@ def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 
 def _config(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
+    stage = recipe.cluster.zero_stage
     return {
         "train_micro_batch_size_per_gpu": recipe.batch.per_replica,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": recipe.optim.clip_norm,
-        "zero_optimization": {"stage": recipe.cluster.zero_stage, "stage3_param_persistence_threshold": 0},
+        "gradient_allreduce_op": "mean" if stage == 3 else "sum",
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
         # The default accumulates in bf16, where the sum depends on how replicas are spread over ranks.

@@ -9,8 +9,9 @@ for step in range(trainer.resume(), recipe.steps):
 trainer.save(recipe.steps)
 """
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -116,6 +117,7 @@ class Trainer:
         centers = {CENTER_PREFIX + name: tuple(center.shape) for name, center in objective.centers.items()}
         self._shapes = parameter_shapes(student.deepspeed) | centers
         self._next_step = 0
+        self._whole = True  # not while a checkpoint is read, nor once that has failed
         self._parent = on_first_rank(lambda: read_parent(store))
         self._earlier_updates = self._parent.updates if self._parent else 0
         self._last_commit: Commit | None = None
@@ -144,8 +146,9 @@ class Trainer:
         on_first_rank(lambda: discard_after(self._store, step))
         if commit is None and self._parent is not None:
             materialise_moments(self.student.deepspeed, self._earlier_updates)
-            load_parent(self._parent, self._state() | self._centers(()), self._shapes, self._recipe)
-            self._publish()
+            with self._reading():
+                load_parent(self._parent, self._state() | self._centers(()), self._shapes, self._recipe)
+                self._publish()
         self._last_commit = commit
         return self._next_step
 
@@ -159,15 +162,17 @@ class Trainer:
         require_teacher(state, self._frozen_teacher)
         materialise_moments(self.student.deepspeed, self._earlier_updates + state.step)
         targets = self._state() | self._centers(())
-        on_every_rank(lambda: load_into(self._store, state, targets, self._shapes))
-        self._publish()
+        with self._reading():
+            on_every_rank(lambda: load_into(self._store, state, targets, self._shapes))
+            self._publish()
         self._next_step = state.step
 
     def step(self, step: int, micro_batches: Sequence[MicroBatch | None], stop_requested: bool = False) -> StepMetrics:
         """Take one optimiser step; see `TrainStep`.
 
         Raises:
-            TrainingError: A loss or gradient is not finite, or the step is not the next one.
+            TrainingError: A loss or gradient is not finite, the step is not the next one, or the state was read in
+                part only.
         """
         return self.update(step, micro_batches, self.prepare(step, micro_batches), stop_requested)
 
@@ -175,15 +180,9 @@ class Trainer:
         """The first half of a step, which students of one teacher can share; see `TrainStep.prepare`.
 
         Raises:
-            TrainingError: The step is not the next one.
+            TrainingError: The step is not the next one, or the state was read in part only.
         """
-        if step != self._next_step:
-            raise TrainingError(
-                "a step is out of order",
-                value=step,
-                expected=f"step {self._next_step}",
-                remedy="begin at the step that `resume` returns, and take each once",
-            )
+        self._require_next(step)
         return self._train_step.prepare(step, micro_batches)
 
     def update(
@@ -193,7 +192,9 @@ class Trainer:
 
         Raises:
             NonFiniteError: A loss or gradient is not finite; it names the capture of the step in the run folder.
+            TrainingError: See `prepare`.
         """
+        self._require_next(step)
         used = [batch for batch in micro_batches if batch is not None]
         try:
             metrics = self._train_step.update(step, prepared, stop_requested)
@@ -210,7 +211,7 @@ class Trainer:
         Waits for the checkpoint in flight, if there is one; answers its commit.
 
         Raises:
-            TrainingError: So many steps have not been taken.
+            TrainingError: So many steps have not been taken, or the state was read in part only.
             StorageError: See `settle`.
         """
         self._require_at(step)
@@ -240,7 +241,7 @@ class Trainer:
         """Commit the state after `step` steps and wait; the commit that exists is returned when it is of this step.
 
         Raises:
-            TrainingError: So many steps have not been taken.
+            TrainingError: See `begin_save`.
             StorageError: Something could not be written; nothing is committed.
         """
         self.begin_save(step)
@@ -250,7 +251,33 @@ class Trainer:
         self._note(commit)
         return commit
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Where this fails, the state is that of no step."""
+        self._whole = False
+        yield
+        self._whole = True
+
+    def _require_whole(self) -> None:
+        if not self._whole:
+            raise TrainingError(
+                "the state of this run was read in part only, so nothing is made of it",
+                expected="a checkpoint that was read to its end",
+                remedy="start the run again, which takes the newest checkpoint that is whole",
+            )
+
+    def _require_next(self, step: int) -> None:
+        self._require_whole()
+        if step != self._next_step:
+            raise TrainingError(
+                "a step is out of order",
+                value=step,
+                expected=f"step {self._next_step}",
+                remedy="begin at the step that `resume` returns, and take each once",
+            )
+
     def _require_at(self, step: int) -> None:
+        self._require_whole()
         if step != self._next_step or step == 0:
             raise TrainingError(
                 "a checkpoint is asked for at another step than the trainer's",
