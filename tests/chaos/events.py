@@ -16,10 +16,11 @@ from pathlib import Path
 
 from tests.chaos.schedule import Kind
 from tests.chaos.site import Site
-from tests.chaos.watched import POLL_S, Line, WatchedRun, step_of
+from tests.chaos.watched import WatchedRun, step_of
 
 from histoscale import seeding
 from histoscale.bench.proxy import GIVEN_UP, STALLED
+from histoscale.bench.watched_job import POLL_S, Line
 from histoscale.checkpoint.manifest import Commit
 from histoscale.checkpoint.reader import latest_commit
 from histoscale.observe.timeline import Kind as Told

@@ -5,7 +5,6 @@ import os
 import secrets
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Any
 
 import psutil
 import pytest
-from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from tests.conftest import S3Server
 from tests.integration.jobs_at_work import REPOSITORY
 
 from histoscale.bench.proxy import Switch, switched_proxy
+from histoscale.bench.ray_local import announce_end
 from histoscale.cluster.job import ENVIRONMENT
 from histoscale.cluster.local import _free_ports
 
@@ -26,7 +25,6 @@ WORKER_CPUS = 2
 DISK_BYTES = 48 * 2**20
 _MARK = "HISTOSCALE_CHAOS"
 STORE_BYTES = 2 * 10**8
-_PREEMPTION = 2  # DrainNodeReason of Ray's autoscaler protocol
 
 
 @dataclass
@@ -82,8 +80,7 @@ class Site:
 
     def drain(self, node: Any, notice_s: float) -> None:
         """Say that a node is about to be taken away."""
-        deadline_ms = int((time.time() + notice_s) * 1000)
-        GcsClient(address=self.cluster.address).drain_node(node.node_id, _PREEMPTION, "spot", deadline_ms)
+        announce_end(self.cluster.address, node.node_id, notice_s)
 
     def kill_raylet(self, node: Any) -> None:
         """SIGKILL of the raylet alone: its workers have to find out."""

@@ -20,6 +20,7 @@ from tests.chaos.watched import SUBMIT, WatchedRun
 from tests.conftest import S3Server
 from tests.integration.jobs_at_work import REPOSITORY, TINY
 
+from histoscale.bench.watched_job import set_words
 from histoscale.checkpoint.fragments import EMA, MASTER, Fragment
 from histoscale.checkpoint.ledger import read_history
 from histoscale.checkpoint.reader import latest_commit, load_into, read_manifest
@@ -52,15 +53,11 @@ class Form:
             f"checkpoint.every_steps={self.commit_every}",
             "checkpoint.keep_last=2",
         ]
-        return [*TINY, *_set(*settings)]
+        return [*TINY, *set_words(*settings)]
 
 
 LONG_FORM = Form(steps=400, tiles=64, commit_every=10, slides=4)
 SHORT_FORM = Form(steps=60, tiles=16, commit_every=6, slides=2)
-
-
-def _set(*settings: str) -> list[str]:
-    return [word for setting in settings for word in ("--set", setting)]
 
 
 @contextlib.contextmanager
@@ -153,16 +150,16 @@ def direct(site: Site) -> dict[str, str]:
 @contextlib.contextmanager
 def training(site: Site, bucket: str, run_uri: str, form: Form, *settings: str) -> Iterator[WatchedRun]:
     """The run, submitted by `jobs/submit.py` where there is a job server; it ends with the block."""
-    words = ["python", "jobs/pretrain.py", "--index", f"s3://{bucket}/index", "--out", run_uri, *form.recipe]
+    words = ["jobs/pretrain.py", "--index", f"s3://{bucket}/index", "--out", run_uri, *form.recipe]
     common = [f"cluster.cpus_per_worker={WORKER_CPUS}", f"cluster.silence_s={SILENCE_S:g}", "cluster.max_failures=20"]
-    words += _set(*common, *settings)
+    words += set_words(*common, *settings)
     if site.job_server:
-        words = [sys.executable, SUBMIT, "--address", site.job_server, "--", *words]
-    run = WatchedRun(words, site.environment if site.job_server else direct(site))
+        words = [SUBMIT, "--address", site.job_server, "--", "python", *words]
+    run = WatchedRun(words, site.environment if site.job_server else direct(site), REPOSITORY)
     try:
         yield run
     finally:
-        run.stop()
+        run.end()
 
 
 @pytest.mark.timeout(900)
@@ -178,7 +175,7 @@ def test_a_run_in_a_bucket_outlives_kills_an_outage_and_a_flipped_byte(
             training(site, bucket, store.uri, form, "cluster.workers=2") as run,
         ):
             outcomes = carry_out(Chaos(site, run, store, chaos_seed, outage_s=4.0), form, SHORT)
-            assert run.finish(STEP_S) == 0, run.text
+            run.finish(STEP_S)
             losses = json.loads(plain.communicate()[0])
     tell(table(outcomes))
     assert_as_if_nothing_had_happened(store, losses, open_store(f"s3://{bucket}/undisturbed"), form)
@@ -199,7 +196,7 @@ def test_a_run_to_which_everything_happens_ends_as_one_to_which_nothing_does(
         kinds = tuple(kind for kind in Kind if mounted or kind is not Kind.DISK_FILLED)
         with training(site, bucket, store.uri, form, "cluster.workers=[1, 2]") as run:
             outcomes = carry_out(Chaos(site, run, store, chaos_seed, disk), form, kinds)
-            assert run.finish(4 * STEP_S) == 0, run.text
+            run.finish(4 * STEP_S)
         tell(table(outcomes))
         assert_as_if_nothing_had_happened(store, losses, open_store(f"s3://{bucket}/undisturbed"), form)
     if not mounted:

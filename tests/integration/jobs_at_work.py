@@ -11,32 +11,11 @@ from pathlib import Path
 
 import psutil
 
+from histoscale.bench.watched_job import SMALL_RUN, set_words
 from histoscale.cluster.local import LocalHead
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TINY = [
-    "--recipe",
-    "jobs/recipes/quickstart.yaml",
-    *[
-        word
-        for setting in [
-            "model.arch=vit_test14",
-            "data.region_px=98",
-            "crops.global_px=56",
-            "crops.local_px=28",
-            "crops.local_count=2",
-            "heads.dino_prototypes=64",
-            "heads.ibot_prototypes=64",
-            "batch.tiles=16",
-            "optim.lr=1e-4",  # at higher rates rounding grows a hundredfold within the steps of a test
-            "optim.warmup_images=64",
-            "loss.teacher_temperature_warmup_images=128",
-            "checkpoint.every_steps=20",
-            "cluster.readers=1",
-        ]
-        for word in ("--set", setting)
-    ],
-]
+TINY = ["--recipe", "jobs/recipes/quickstart.yaml", *set_words(*SMALL_RUN)]
 WAIT_S = 180.0
 
 

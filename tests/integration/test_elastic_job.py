@@ -7,31 +7,29 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from tests.integration.jobs_at_work import REPOSITORY, TINY
 
-from histoscale.bench.watched_job import WatchedJob
+from histoscale.bench.ray_local import announce_end
+from histoscale.bench.watched_job import WatchedJob, set_words
 from histoscale.checkpoint.ledger import read_history
 from histoscale.cluster.job import ENVIRONMENT
+from histoscale.observe.metrics import read_metrics
 from histoscale.slides.synthetic import make_slides
 from histoscale.storage import open_store
 
 STEPS, TILES = 500, 64  # steps that are long enough for a larger size to repay its restart
-PREEMPTION = 2  # DrainNodeReason of Ray's autoscaler protocol
 WORKER_CPUS = 2  # trainers fit on nodes of two, readers on nodes of one
 
 
 def start(environment: dict[str, str], index: Path, run: Path, *settings: str) -> WatchedJob:
-    more = [word for setting in settings for word in ("--set", setting)]
-    command = ["jobs/pretrain.py", "--index", str(index), "--out", str(run), *TINY, *more]
+    command = ["jobs/pretrain.py", "--index", str(index), "--out", str(run), *TINY, *set_words(*settings)]
     return WatchedJob(command, environment, REPOSITORY)
 
 
@@ -67,7 +65,7 @@ def index(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster, environmen
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [values["loss/total"] for values in read_metrics(open_store(run), STEPS)]
 
 
 def events(run: Path) -> list[str]:
@@ -92,8 +90,7 @@ def test_a_run_whose_nodes_come_and_go_gives_the_curve_of_one_that_is_left_alone
     job.wait_for("commit and start again: from 1 to 2 workers")
     assert "0 steps done again" in job.wait_for("restarted on 2 workers").text
 
-    deadline_ms = int((time.time() + 90.0) * 1000)
-    GcsClient(address=cluster.address).drain_node(node.node_id, PREEMPTION, "spot", deadline_ms)
+    announce_end(cluster.address, node.node_id, 90.0)
     job.wait_for("commit and start again: node .* is taken away")
     assert "0 steps done again" in job.wait_for("restarted on 1 workers").text
     cluster.remove_node(node, allow_graceful=False)

@@ -1,10 +1,8 @@
 """The feed through Ray: each rank gets exactly its micro-batches of the plan, in order, pixel by pixel."""
 
 import hashlib
-import logging
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +15,7 @@ import pytest
 import ray
 import tifffile
 
+from histoscale.bench.ray_local import local_ray
 from histoscale.errors import PlanError, SlideIndexError
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.replicas import replicas_of
@@ -119,20 +118,9 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as folder:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(
-            address="local",
-            num_cpus=8,
-            object_store_memory=512 * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=folder,
-        )
+def cluster() -> Iterator[None]:
+    with local_ray(cpus=8, object_store_bytes=512 * 2**20):
         yield
-        ray.shutdown()
 
 
 def digest(pixels: np.ndarray[Any, Any]) -> str:
@@ -178,7 +166,7 @@ def expected_steps(archive: Archive, rank: int, workers: int, steps: range) -> l
     [(1, 0, 8, 10_000), (2, 0, 24, 8), (3, 0, 8, 10_000), (2, 6, 15, 10_000), (3, 7, 22, 8)],
 )
 def test_every_rank_gets_its_micro_batches_in_order(
-    local_ray: None, archive: Archive, workers: int, start: int, steps: int, window_blocks: int
+    cluster: None, archive: Archive, workers: int, start: int, steps: int, window_blocks: int
 ) -> None:
     spec = archive.feed(steps, window_blocks)
     master = start_feed(spec)
@@ -192,7 +180,7 @@ def own_readers() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "ray::MapWorker" in " ".join(p.cmdline())]
 
 
-def test_a_killed_reader_loses_and_repeats_nothing(local_ray: None, archive: Archive) -> None:
+def test_a_killed_reader_loses_and_repeats_nothing(cluster: None, archive: Archive) -> None:
     spec = archive.feed(160)
     feed = RankFeed(spec, RankShare(start_feed(spec), "a", 0, 1), 0)
     got = [summary(feed.micro_batches(0))]
@@ -204,7 +192,7 @@ def test_a_killed_reader_loses_and_repeats_nothing(local_ray: None, archive: Arc
     assert got == expected_steps(archive, 0, 1, range(spec.steps))
 
 
-def test_another_attempt_at_the_same_steps_has_pipelines_of_its_own(local_ray: None, archive: Archive) -> None:
+def test_another_attempt_at_the_same_steps_has_pipelines_of_its_own(cluster: None, archive: Archive) -> None:
     spec = archive.feed(12)
     master = start_feed(spec)
     expected = expected_steps(archive, 0, 1, range(4, 12))
@@ -212,7 +200,7 @@ def test_another_attempt_at_the_same_steps_has_pipelines_of_its_own(local_ray: N
         assert ray.get(run_rank.remote(spec, RankShare(master, attempt, 0, 1), 4)) == expected
 
 
-def test_a_missing_index_stops_the_run_with_its_own_diagnosis(local_ray: None, archive: Archive) -> None:
+def test_a_missing_index_stops_the_run_with_its_own_diagnosis(cluster: None, archive: Archive) -> None:
     spec = archive.replaced(index_uri="/nonexistent").feed(8)
     feed = RankFeed(spec, RankShare(start_feed(spec), "a", 0, 1), 0)
     with pytest.raises(SlideIndexError, match="no slide index"):

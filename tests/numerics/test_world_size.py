@@ -1,16 +1,13 @@
 """Any world size and any ZeRO stage give the curve, the weights and the samples of one plain PyTorch process."""
 
 import json
-import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from grid import (
     KINDS,
     STAGES,
@@ -28,6 +25,7 @@ from plain_reference import PlainRun, relative_distance
 from workers import LIVELY_ARCH, TILES_PER_STEP, launch
 from workers import STEPS as FEW_STEPS
 
+from histoscale.bench.ray_local import local_ray
 from histoscale.checkpoint.ledger import read_history
 from histoscale.checkpoint.reader import latest_commit, load_teacher
 from histoscale.cluster.job import ENVIRONMENT
@@ -44,21 +42,12 @@ pytestmark = pytest.mark.timeout(900)  # several processes share what cores ther
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     """A local cluster whose workers can import the helpers of this folder."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as folder:
-        for name, value in {**ENVIRONMENT, "RAY_AUTH_MODE": "disabled", "OMP_WAIT_POLICY": "PASSIVE"}.items():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE"}.items():
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        ray.init(
-            address="local",
-            num_cpus=8,
-            object_store_memory=512 * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=folder,
-        )
-        yield
-        ray.shutdown()
+        with local_ray(cpus=8, object_store_bytes=512 * 2**20):
+            yield
 
 
 def slow(names: Iterable[str]) -> list[Any]:

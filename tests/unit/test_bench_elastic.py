@@ -5,11 +5,13 @@ import pytest
 
 from histoscale.bench.elastic import curve_difference, find_trainers
 from histoscale.errors import RunError
+from histoscale.observe.metrics import METRICS_KEY
 
 
 def run(folder: Path, losses: list[float]) -> Path:
     folder.mkdir()
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"loss/total": loss}) + "\n" for loss in losses))
+    lines = [json.dumps({"step": step, "loss/total": loss}) + "\n" for step, loss in enumerate(losses)]
+    (folder / METRICS_KEY).write_text("".join(lines))
     return folder
 
 

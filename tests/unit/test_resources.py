@@ -1,5 +1,3 @@
-from typing import Any
-
 import pytest
 
 from histoscale.cluster import resources
@@ -11,19 +9,25 @@ CLUSTER = ClusterSection(workers=3, cpus_per_worker=2, readers=4, start_timeout_
 
 
 class FakeCluster:
-    """Stands for Ray's answers: what is there grows with each look."""
+    """Stands for Ray's answers: what is there, and whether a placement group has its room, at each look."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: dict[str, float]) -> None:
-        self._answers = list(answers)
-        self.requests: list[list[dict[str, float]]] = []
-        monkeypatch.setattr(resources, "_resources", self._look)
-        monkeypatch.setattr(resources, "request_resources", self._request)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, there: dict[str, float], *ready: bool) -> None:
+        self._ready = list(ready)
+        self.asked: list[dict[str, float]] = []
+        self.removed = False
+        monkeypatch.setattr(resources, "_resources", lambda: there)
+        monkeypatch.setattr(resources, "placement_group", self._ask)
+        monkeypatch.setattr(resources, "remove_placement_group", self._remove)
 
-    def _look(self) -> dict[str, float]:
-        return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+    def _ask(self, bundles: list[dict[str, float]], strategy: str) -> "FakeCluster":
+        self.asked = bundles
+        return self
 
-    def _request(self, *, bundles: list[Any]) -> None:
-        self.requests.append(bundles)
+    def _remove(self, group: "FakeCluster") -> None:
+        self.removed = group is self
+
+    def wait(self, timeout_s: float) -> bool:
+        return self._ready.pop(0) if self._ready else False
 
 
 def test_workers_readers_and_planner_are_counted() -> None:
@@ -39,18 +43,41 @@ def test_the_device_is_what_the_recipe_says_or_what_is_there(monkeypatch: pytest
     assert resolve_device(ClusterSection()) == "cpu"
 
 
-def test_what_is_missing_is_asked_of_the_autoscaler_until_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = FakeCluster(monkeypatch, {"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 12.0})
+def test_a_cluster_without_a_node_is_told_the_device_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCluster(monkeypatch, {"memory": 1.0})
+    assert resolve_device(ClusterSection(device="cuda")) == "cuda"
+    with pytest.raises(ClusterError, match=r"tells what to train on.*cluster.device=auto.*--set cluster.device=cuda"):
+        resolve_device(ClusterSection())
+
+
+def test_room_that_is_there_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(monkeypatch, {"CPU": 12.0}, True)
+    told: list[str] = []
+    wait_for_resources(CLUSTER, "cpu", told.append, poll_s=0.01)
+    assert (told, cluster.removed) == ([], True)
+
+
+def test_room_is_asked_for_until_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(monkeypatch, {"CPU": 4.0}, False, False, True)
     told: list[str] = []
     wait_for_resources(CLUSTER, "cpu", told.append, poll_s=0.01)
     assert told == ["waiting up to 0.2 s for 7 CPU more"]
-    assert cluster.requests == [[{"CPU": 2.0}] * 3 + [{"CPU": 1.0}] * 5, []]
+    assert cluster.asked == [{"CPU": 2.0}] * 3 + [{"CPU": 1.0}] * 5
+    assert cluster.removed
+
+
+def test_room_that_others_have_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCluster(monkeypatch, {"CPU": 12.0}, False, True)
+    told: list[str] = []
+    wait_for_resources(CLUSTER, "cpu", told.append, poll_s=0.01)
+    assert told == ["waiting up to 0.2 s for room for 3 x (2 CPU) and 5 x (1 CPU)"]
 
 
 def test_a_cluster_that_stays_too_small_is_a_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeCluster(monkeypatch, {"CPU": 4.0})
-    with pytest.raises(ClusterError, match=r"too small.*7 CPU missing.*11 CPU"):
+    cluster = FakeCluster(monkeypatch, {"CPU": 4.0})
+    with pytest.raises(ClusterError, match=r"too small.*7 CPU more missing.*3 x \(2 CPU\) and 5 x \(1 CPU\)"):
         wait_for_resources(CLUSTER, "cpu", lambda line: None, poll_s=0.01)
+    assert cluster.removed
 
 
 def test_readers_go_first_where_the_trainers_gpus_are(monkeypatch: pytest.MonkeyPatch) -> None:

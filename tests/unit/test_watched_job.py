@@ -16,7 +16,7 @@ def test_lines_are_found_in_their_order_with_the_time_they_came() -> None:
     first, second = watched.wait_for("one"), watched.wait_for("one")
     watched.finish()
     assert (first.text, second.text) == ("one 1", "one 2")
-    assert second.at_s - first.at_s > 0.1
+    assert second.time_s - first.time_s > 0.1
 
 
 def test_a_job_that_ends_without_the_line_is_refused_with_what_it_printed() -> None:
@@ -48,4 +48,13 @@ def test_a_job_that_fails_or_goes_on_is_refused(code: str, timeout_s: float, sai
 def test_the_root_is_the_working_directory(tmp_path: Path) -> None:
     watched = WatchedJob(["-c", "import os; print(os.getcwd())"], os.environ, tmp_path)
     watched.finish()
-    assert watched.output == str(tmp_path.resolve())
+    assert watched.text == str(tmp_path.resolve())
+
+
+def test_lines_of_a_second_start_follow_those_of_the_first() -> None:
+    watched = job("print('begun')")
+    assert watched.status(60.0) == 0
+    mark = watched.mark
+    watched.start()
+    assert watched.after(mark, "begun", 60.0).number == mark == 1
+    watched.finish()

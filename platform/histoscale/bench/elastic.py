@@ -6,7 +6,6 @@ the curve.
 """
 
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -20,14 +19,16 @@ from statistics import median
 from typing import Any, TypeAlias
 
 import psutil
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 
 from histoscale.bench.figure import Figure
-from histoscale.bench.watched_job import WatchedJob
+from histoscale.bench.ray_local import announce_end, own_processes
+from histoscale.bench.watched_job import SMALL_RUN, WatchedJob, set_words
 from histoscale.cluster.job import ENVIRONMENT
 from histoscale.errors import RunError
+from histoscale.observe.metrics import read_metrics
 from histoscale.slides.synthetic import make_slides
+from histoscale.storage import open_store
 
 # A node of Ray's test cluster, which has no types.
 _Node: TypeAlias = Any
@@ -36,20 +37,9 @@ _KILLS = 3
 _STEPS, _TILES, _COMMIT_STEPS = 300, 16, 20
 _WORKER_CPUS = 2  # trainers fit on nodes of two, readers on nodes of one
 _STORE_BYTES = 2 * 10**8
-_PREEMPTION = 2  # DrainNodeReason of Ray's autoscaler protocol
 _NOTICE_S = 90.0
 _SETTINGS = (
-    "model.arch=vit_test14",
-    "data.region_px=98",
-    "crops.global_px=56",
-    "crops.local_px=28",
-    "crops.local_count=2",
-    "heads.dino_prototypes=64",
-    "heads.ibot_prototypes=64",
-    "optim.lr=1e-4",  # at higher rates rounding grows a hundredfold within so many steps
-    "optim.warmup_images=64",
-    "loss.teacher_temperature_warmup_images=128",
-    "cluster.readers=1",
+    *SMALL_RUN,
     f"batch.tiles={_TILES}",
     f"schedule.images={_STEPS * _TILES}",
     f"checkpoint.every_steps={_COMMIT_STEPS}",
@@ -100,9 +90,8 @@ def _after_a_kill(job: WatchedJob) -> _Recovery:
 
 def _after_a_notice(job: WatchedJob, cluster: Cluster, node: _Node) -> _Recovery:
     job.wait_for("checkpoint committed")
-    deadline_ms = int((time.time() + _NOTICE_S) * 1000)
     given_s = time.monotonic()
-    GcsClient(address=cluster.address).drain_node(node.node_id, _PREEMPTION, "spot", deadline_ms)
+    announce_end(cluster.address, node.node_id, _NOTICE_S)
     recovery = _recovered(job, given_s)
     cluster.remove_node(node, allow_graceful=False)
     return recovery
@@ -111,7 +100,7 @@ def _after_a_notice(job: WatchedJob, cluster: Cluster, node: _Node) -> _Recovery
 def _recovered(job: WatchedJob, since_s: float) -> _Recovery:
     line = job.wait_for("restarted on")
     found = re.search(r"(-?\d+) steps done again", line.text)
-    return _Recovery(line.at_s - since_s, int(found.group(1)) if found else 0)
+    return _Recovery(line.time_s - since_s, int(found.group(1)) if found else 0)
 
 
 def find_trainers() -> list[psutil.Process]:
@@ -120,11 +109,7 @@ def find_trainers() -> list[psutil.Process]:
     Raises:
         RunError: There are none.
     """
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
+    found = own_processes("RayTrainWorker")
     if not found:
         raise RunError("no worker is there to be killed", value=0, expected="2 workers that train")
     return found
@@ -143,13 +128,12 @@ def curve_difference(alone: Path, run: Path) -> float:
 
 
 def _losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [values["loss/total"] for values in read_metrics(open_store(run), _STEPS)]
 
 
 def _pretrain(index: Path, run: Path, workers: str, environment: Mapping[str, str]) -> WatchedJob:
-    settings = [word for setting in (*_SETTINGS, f"cluster.workers={workers}") for word in ("--set", setting)]
     command = ["jobs/pretrain.py", "--recipe", "jobs/recipes/quickstart.yaml", "--index", str(index), "--out", str(run)]
-    return WatchedJob([*command, *settings], environment)
+    return WatchedJob([*command, *set_words(*_SETTINGS, f"cluster.workers={workers}")], environment)
 
 
 def _index(folder: Path, environment: Mapping[str, str]) -> Path:

@@ -4,10 +4,13 @@ import contextlib
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 
 import psutil
 import ray
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -28,6 +31,12 @@ def local_ray(cpus: int, object_store_bytes: int = 2 * 10**9) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def announce_end(address: str, node_id: str, notice_s: float) -> None:
+    """Tell the cluster at `address` that a node is taken away in `notice_s` seconds, as a spot watcher does."""
+    deadline_ms = int((time.time() + notice_s) * 1000)
+    GcsClient(address=address).drain_node(node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", deadline_ms)
 
 
 def own_processes(*names: str) -> list[psutil.Process]:

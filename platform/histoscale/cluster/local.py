@@ -51,15 +51,21 @@ class LocalHead:
         size: What the head offers.
         environment: Environment of the head, hence of its jobs; that of this process by default.
         start_timeout_s: Seconds to wait for the job server.
+        options: More words for `ray start`; of an option that is given twice, the last value holds.
 
     Raises:
         ClusterError: On entering, where the head ends at once or does not answer in time.
     """
 
     def __init__(
-        self, size: HeadSize, environment: dict[str, str] | None = None, start_timeout_s: float = START_TIMEOUT_S
+        self,
+        size: HeadSize,
+        environment: dict[str, str] | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
+        options: Sequence[str] = (),
     ) -> None:
         self._size = size
+        self._options = options
         self._start_timeout_s = start_timeout_s
         self._token = secrets.token_hex(32)
         self._environment = _head_environment(dict(os.environ if environment is None else environment), self._token)
@@ -148,6 +154,7 @@ class LocalHead:
         command += [f"--port={gcs}", f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
         command += [f"--dashboard-host={_LOOPBACK}", f"--dashboard-port={self._dashboard_port}"]
         command += [f"--num-cpus={self._size.cpus}", f"--object-store-memory={self._size.object_store_bytes}"]
+        command += self._options
         with (self._folder / "head.log").open("wb") as log:
             # A session of its own: Ctrl-C in the terminal reaches us, and we end the head in order.
             self._process = subprocess.Popen(

@@ -7,21 +7,36 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.autoscaler.sdk import request_resources
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from histoscale.config.running import ClusterSection
 from histoscale.errors import ClusterError
 from histoscale.stream.windows import PLANNER_CPUS
 
 _POLL_S = 2.0
+_AT_ONCE_S = 1.0  # a cluster that has the room gives it within this time
 _ACCELERATOR_LABEL = "ray.io/accelerator-type"
 
 
 def resolve_device(cluster: ClusterSection) -> str:
-    """`cuda` or `cpu`: as the recipe says, or by what the cluster has now."""
+    """`cuda` or `cpu`: as the recipe says, or by what the cluster has now.
+
+    Raises:
+        ClusterError: It is left to the cluster, which has no node yet.
+    """
     if cluster.device != "auto":
         return cluster.device
-    return "cuda" if _resources().get("GPU", 0.0) >= 1.0 else "cpu"
+    there = _resources()
+    if there.get("GPU", 0.0) >= 1.0:
+        return "cuda"
+    if there.get("CPU", 0.0) < 1.0:
+        raise ClusterError(
+            "no node of the cluster tells what to train on",
+            value=f"cluster.device={cluster.device}, {there.get('CPU', 0.0):g} CPU and no GPU",
+            expected="the device by name where nodes come only when they are asked for",
+            remedy="run again with --set cluster.device=cuda, or =cpu: the autoscaler is then asked for such nodes",
+        )
+    return "cpu"
 
 
 def worker_resources(cluster: ClusterSection, device: str) -> dict[str, float]:
@@ -48,29 +63,37 @@ def needed_resources(cluster: ClusterSection, device: str) -> dict[str, float]:
 def wait_for_resources(
     cluster: ClusterSection, device: str, tell: Callable[[str], None], poll_s: float = _POLL_S
 ) -> None:
-    """Ask an autoscaler for what is missing, and wait until it is there.
+    """Wait until the run's least size fits what is free, for which an autoscaler adds nodes.
+
+    A placement group asks for it, and goes when it has got it: from then on the trainer and the stream ask for
+    themselves. Nodes that came first are not idle when the last one comes: the group was on all of them.
 
     Raises:
-        ClusterError: It was not there within `cluster.start_timeout_s`.
+        ClusterError: There was no room within `cluster.start_timeout_s`.
     """
-    needed = needed_resources(cluster, device)
+    bundles = _bundles(cluster, device)
     deadline_s = time.monotonic() + cluster.start_timeout_s
-    asked = False
-    while missing := _missing(needed):
-        if not asked:
-            request_resources(bundles=_bundles(cluster, device))
-            tell(f"waiting up to {cluster.start_timeout_s:g} s for {missing} more")
-            asked = True
-        if time.monotonic() >= deadline_s:
-            raise ClusterError(
-                "the cluster is too small for the run",
-                value=f"{missing} missing after {cluster.start_timeout_s:g} s",
-                expected=" and ".join(f"{count:g} {name}" for name, count in needed.items()),
-                remedy="add nodes, or lower cluster.workers, cluster.cpus_per_worker or cluster.readers with --set",
-            )
-        time.sleep(poll_s)
-    if asked:
-        request_resources(bundles=[])  # from here on the trainer and the stream ask for themselves
+    room = placement_group(bundles, strategy="PACK")
+    try:
+        if room.wait(_AT_ONCE_S):
+            return
+        tell(f"waiting up to {cluster.start_timeout_s:g} s for {_lacking(cluster, device)}")
+        while not room.wait(poll_s):
+            if time.monotonic() >= deadline_s:
+                raise ClusterError(
+                    "the cluster is too small for the run",
+                    value=f"{_lacking(cluster, device)} missing after {cluster.start_timeout_s:g} s",
+                    expected=_described(bundles),
+                    remedy="add nodes, or lower cluster.workers, cluster.cpus_per_worker or cluster.readers with --set",
+                )
+    finally:
+        remove_placement_group(room)
+
+
+def _described(bundles: list[dict[str, float]]) -> str:
+    """Such as `2 x (2 CPU, 1 GPU) and 3 x (1 CPU)`."""
+    counts = Counter(", ".join(f"{count:g} {name}" for name, count in bundle.items()) for bundle in bundles)
+    return " and ".join(f"{times} x ({what})" for what, times in counts.items())
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -83,10 +106,12 @@ def _resources() -> dict[str, float]:
     return resources
 
 
-def _missing(needed: dict[str, float]) -> str:
+def _lacking(cluster: ClusterSection, device: str) -> str:
+    """What there is too little of, or, where there is enough, that others have it or that it lies apart."""
     there = _resources()
-    short = {name: count - there.get(name, 0.0) for name, count in needed.items()}
-    return " and ".join(f"{count:g} {name}" for name, count in short.items() if count > 0)
+    short = {name: count - there.get(name, 0.0) for name, count in needed_resources(cluster, device).items()}
+    missing = [f"{count:g} {name}" for name, count in short.items() if count > 0]
+    return f"{' and '.join(missing)} more" if missing else f"room for {_described(_bundles(cluster, device))}"
 
 
 def _bundles(cluster: ClusterSection, device: str) -> list[dict[str, float]]:
