@@ -40,7 +40,7 @@ from histoscale.stream.faults import Quarantined
 from histoscale.stream.reader import ReaderSpec
 from histoscale.stream.windows import FeedSpec
 from histoscale.train.memory import MemoryForecast, forecast
-from histoscale.train.teacher_source import describe_teacher, find_teacher, taught_by
+from histoscale.train.teacher_source import Teacher, describe_teacher, find_teacher, taught_by
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class CheckedRequest:
         origins: Lines that tell of the parent of a fork, of the frozen teacher and of published weights, where there
             are such.
         parent: The checkpoint that the run begins from, or began from.
+        teacher: The frozen one of a distillation.
     """
 
     request: PretrainRequest
@@ -69,7 +70,8 @@ class CheckedRequest:
     catalogue: Catalogue
     plan: Plan
     origins: tuple[str, ...]
-    parent: Parent | None = None
+    parent: Parent | None
+    teacher: Teacher | None
 
 
 @dataclass(frozen=True)
@@ -94,18 +96,19 @@ def check_request(request: PretrainRequest) -> CheckedRequest:
     spec = PlanSpec.from_recipe(request.recipe)
     plan = Plan(spec, catalogue.rows, catalogue.columns, catalogue.values, catalogue.mask)
     parent, lineage = origin_of(request.fork_from, request.recipe, store)
-    origins = _origins(request.recipe, store, lineage)
-    checked = CheckedRequest(request, store, catalogue, plan, origins, parent)
+    distill = request.recipe.distill
+    teacher = find_teacher(request.recipe, distill) if distill is not None else None
+    origins = _origins(request.recipe, store, teacher, lineage)
+    checked = CheckedRequest(request, store, catalogue, plan, origins, parent, teacher)
     _resumed_recipe(checked)
     return checked
 
 
-def _origins(recipe: Recipe, store: Store, lineage: tuple[str, ...]) -> tuple[str, ...]:
-    """What the run learns from beside slides, found before a worker starts.
+def _origins(recipe: Recipe, store: Store, teacher: Teacher | None, lineage: tuple[str, ...]) -> tuple[str, ...]:
+    """What the run learns from beside slides; published weights are read for it, before a worker starts.
 
-    It is read, too, unless the run has a commit: then it recorded what it began with, and only a teacher is still used.
+    A run that has a commit recorded what it began with, and only a teacher is still used.
     """
-    teacher = find_teacher(recipe, recipe.distill) if recipe.distill is not None else None
     if latest_commit(store) is not None:
         return tuple(recorded_origins(store))
     lines = list(lineage)
@@ -170,7 +173,7 @@ def _go_on(checked: CheckedRequest, device: str, lease: Lease, tell: Callable[[s
         tell(line)
     for line in checked.origins:
         tell(line)
-    tell(f"memory: {_memory(recipe, device).line()}")
+    tell(f"memory: {_memory(recipe, device, checked.teacher).line()}")
     tell(f"{'resuming' if start else 'starting'} at step {start} of {recipe.steps} on {device}, {recipe.precision}")
     bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
     with _recorded(store, recipe, start) as timeline:
@@ -200,11 +203,11 @@ def _recorded(store: Store, recipe: Recipe, start: int) -> Iterator[Timeline]:
         timeline.close()
 
 
-def _memory(recipe: Recipe, device: str) -> MemoryForecast:
-    teacher = None if recipe.distill is None else taught_by(recipe, find_teacher(recipe, recipe.distill))
+def _memory(recipe: Recipe, device: str, teacher: Teacher | None) -> MemoryForecast:
+    taught = taught_by(recipe, teacher) if teacher is not None else None
     cluster, dtype = recipe.cluster, torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     on: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
-    return forecast(recipe, cluster.worker_bounds[0], cluster.zero_stage, dtype, on, teacher)
+    return forecast(recipe, cluster.worker_bounds[0], cluster.zero_stage, dtype, on, taught)
 
 
 def _committed_step(store: Store) -> int:

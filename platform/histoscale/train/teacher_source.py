@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from histoscale.checkpoint.manifest import Commit
 from histoscale.checkpoint.reader import require_commit, require_recipe
@@ -51,7 +52,10 @@ class TeacherWeights:
             return f"sha256:{sha256}"
 
 
-def find_teacher(recipe: Recipe, distill: DistillSection) -> TeacherRun | TeacherWeights:
+Teacher: TypeAlias = TeacherRun | TeacherWeights
+
+
+def find_teacher(recipe: Recipe, distill: DistillSection) -> Teacher:
     """The teacher of a recipe, reachable and fit for its student.
 
     Raises:
@@ -74,7 +78,7 @@ def find_teacher(recipe: Recipe, distill: DistillSection) -> TeacherRun | Teache
     return weights
 
 
-def describe_teacher(source: TeacherRun | TeacherWeights, distill: DistillSection) -> str:
+def describe_teacher(source: Teacher, distill: DistillSection) -> str:
     """A line for people: whose outputs the run learns from."""
     if isinstance(source, TeacherRun):
         what = f"heads of {source.recipe.model.arch} at step {source.commit.step} of {source.uri}"
@@ -84,7 +88,7 @@ def describe_teacher(source: TeacherRun | TeacherWeights, distill: DistillSectio
     return f"teacher: {what}, {source.fingerprint()}{licence}"
 
 
-def taught_by(recipe: Recipe, source: TeacherRun | TeacherWeights) -> Recipe:
+def taught_by(recipe: Recipe, source: Teacher) -> Recipe:
     """A student's recipe with its teacher's network in place of its own."""
     if isinstance(source, TeacherRun):
         return recipe.model_copy(update={"model": source.recipe.model, "heads": source.recipe.heads})
