@@ -30,6 +30,9 @@ class LabelledTiles:
         classes: Names of the classes, sorted.
         keys: Objects in `store`, one per tile. They may hold patient data and belong in no message.
         labels: int64 [N], positions in `classes`.
+        groups: str [N], whose tiles must not be parted (a patient, else a slide), where the dataset tells.
+        centers: str [N], where a tile was scanned or stained, where the dataset tells.
+        parts: str [N], "train", "val" or "test", where the dataset comes divided.
     """
 
     name: str
@@ -37,6 +40,9 @@ class LabelledTiles:
     store: Store
     keys: tuple[str, ...]
     labels: NDArray[np.int64]
+    groups: NDArray[np.str_] | None = None
+    centers: NDArray[np.str_] | None = None
+    parts: NDArray[np.str_] | None = None
 
     def counts(self) -> dict[str, int]:
         """Tiles of each class."""
