@@ -1,6 +1,7 @@
 """What a step refuses to train on, and how ranks agree."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.timeout(900)  # several processes share what cores there are
 
 
-@pytest.fixture(params=[(2, 0), (2, 1), (3, 0), (3, 1)], ids=lambda case: "zero-{}-rank-{}".format(*case))
+@pytest.fixture(params=list(product((1, 2, 3), (0, 1))), ids=lambda case: "zero-{}-rank-{}".format(*case))
 def report(two_workers: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     stage, rank = request.param
     return json.loads((two_workers / f"report-{stage}-rank-{rank}.json").read_text())

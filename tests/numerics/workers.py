@@ -116,7 +116,7 @@ def two_workers(rank: int, folder: Path) -> None:
     resume_foreign(rank, folder)
     resume_in_part(rank, folder)
     commit_beside_training(rank, folder)
-    for stage in (2, 3):
+    for stage in (1, 2, 3):
         misbehave(rank, stage, folder)
 
 

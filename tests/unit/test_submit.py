@@ -289,7 +289,8 @@ class FakeClient:
 
     failure: Exception | None = None
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, headers: dict[str, str]) -> None:
+        self.headers = headers
         if address == "http://proxy":
             raise RuntimeError("Version check returned 404.")
 
@@ -336,3 +337,21 @@ def test_what_a_job_server_says_is_sorted_into_states_waits_and_diagnoses(server
     FakeClient.failure = AuthenticationError("no token")
     with pytest.raises(ClusterError, match="refuses the token"):
         server.state("job")
+
+
+def test_headers_for_a_gateway_go_with_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_server, "_TimedClient", FakeClient)
+    monkeypatch.setenv("RAY_JOB_HEADERS", '{"X-Gateway": "a"}')
+    assert RayJobServer("http://h", COMMAND, {})._client.headers == {"X-Gateway": "a"}
+    monkeypatch.delenv("RAY_JOB_HEADERS")
+    assert RayJobServer("http://h", COMMAND, {})._client.headers == {}
+
+
+@pytest.mark.parametrize("text", ["secret", '["secret"]', '{"secret": 1}'])
+def test_headers_that_are_no_object_of_strings_are_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("RAY_JOB_HEADERS", text)
+    with pytest.raises(ClusterError, match="RAY_JOB_HEADERS cannot be used") as caught:
+        RayJobServer("http://h", COMMAND, {})
+    assert "secret" not in str(caught.value).replace("may hold a secret", "")

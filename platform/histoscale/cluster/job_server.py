@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ HTTP_TIMEOUT_S = 30.0
 logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it tells of every closed connection
 _STATUS = re.compile(r"status code (\d{3})")
 _NOT_FOUND = 404
+_HEADERS = "RAY_JOB_HEADERS"
 # Either turns Ray's client to the cluster that it names, whatever address the client is given.
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
@@ -35,7 +37,7 @@ class RayJobServer:
 
     Raises:
         Unreachable: It does not answer.
-        ClusterError: It answers, but not to us.
+        ClusterError: It answers, but not to us, or RAY_JOB_HEADERS is no JSON object of strings.
     """
 
     def __init__(self, address: str, entrypoint: str, runtime_env: Mapping[str, Any]) -> None:
@@ -44,9 +46,10 @@ class RayJobServer:
         self._runtime_env = dict(runtime_env)
         for name in _OVERRIDES:
             os.environ.pop(name, None)
+        headers = _headers()
         with self._reaching():
             try:
-                self._client = _TimedClient(address)
+                self._client = _TimedClient(address, headers=headers)
             except RuntimeError as error:  # another service, such as the proxy of a head that is away
                 raise Unreachable(_last_line(error)) from error
 
@@ -135,6 +138,23 @@ class _TimedClient(JobSubmissionClient):
 
     def _do_request(self, method: str, endpoint: str, **keywords: Any) -> requests.Response:  # noqa: ANN401
         return super()._do_request(method, endpoint, **{"timeout": HTTP_TIMEOUT_S, **keywords})
+
+
+def _headers() -> dict[str, str]:
+    """What `ray job` sends with each request, too: for a gateway before the job server."""
+    text = os.environ.get(_HEADERS, "{}")
+    try:
+        headers = json.loads(text)
+    except json.JSONDecodeError:
+        headers = None
+    if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
+        raise ClusterError(
+            f"{_HEADERS} cannot be used",
+            value=f"{len(text)} characters, not shown, for they may hold a secret",
+            expected='a JSON object of strings, such as {"X-Gateway": "VALUE"}',
+            remedy=f"correct {_HEADERS}, or unset it",
+        )
+    return headers
 
 
 def _last_line(error: Exception) -> str:
