@@ -11,6 +11,7 @@ import torch
 from histoscale.checkpoint.parent import Parent
 from histoscale.checkpoint.reader import latest_commit
 from histoscale.cluster.bad_slides import BadSlides
+from histoscale.cluster.evaluator import evaluating
 from histoscale.cluster.fork import ForkSource, origin_of, require_same_parent
 from histoscale.cluster.launch import run_workers
 from histoscale.cluster.lease import Lease
@@ -29,6 +30,7 @@ from histoscale.cluster.segments import next_segments, out_from, read_segments, 
 from histoscale.cluster.watching import Watched
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError
+from histoscale.evaluate.dataset import open_dataset
 from histoscale.models.published import describe_published, load_for
 from histoscale.observe.timeline import Event, Kind, Timeline
 from histoscale.sampling.plan import Plan
@@ -87,8 +89,8 @@ def check_request(request: PretrainRequest) -> CheckedRequest:
     """Check what can be checked without a cluster.
 
     Raises:
-        HistoscaleError: The index cannot be read, no slide serves a magnification, the parent, the frozen teacher or
-            the published weights cannot be used, or the run folder is another's.
+        HistoscaleError: The index cannot be read, no slide serves a magnification, the parent, the frozen teacher, the
+            published weights or a dataset of the evaluation cannot be used, or the run folder is another's.
     """
     store = open_store(request.run_uri)
     # A run keeps to the snapshot that it began with, however the index has grown since.
@@ -99,6 +101,8 @@ def check_request(request: PretrainRequest) -> CheckedRequest:
     distill = request.recipe.distill
     teacher = find_teacher(request.recipe, distill) if distill is not None else None
     origins = _origins(request.recipe, store, teacher, lineage)
+    for uri in request.recipe.evaluation.datasets:
+        open_dataset(uri)
     checked = CheckedRequest(request, store, catalogue, plan, origins, parent, teacher)
     _resumed_recipe(checked)
     return checked
@@ -178,7 +182,8 @@ def _go_on(checked: CheckedRequest, device: str, lease: Lease, tell: Callable[[s
     bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
     with _recorded(store, recipe, start) as timeline:
         watched = Watched(lease, bad_slides, recipe.cluster.silence_s, timeline, tell)
-        run_workers(store.uri, recipe, device, start, feed, watched)
+        with evaluating(store.uri, recipe, tell):
+            run_workers(store.uri, recipe, device, start, feed, watched)
     for line in bad_slides.summary():
         tell(line)
     if bad_slides.error is not None:

@@ -15,8 +15,8 @@ from pydantic_core import ErrorDetails
 from histoscale.config.recipe import Recipe
 from histoscale.errors import RecipeError
 
-# The mapping to hardware is no part of the experiment: a run may resume with another one.
-_OUTSIDE_THE_FINGERPRINT = "cluster"
+# What a run is looked at with, and what it runs on, are no part of the experiment: a run may resume with others.
+OUTSIDE_THE_FINGERPRINT = ("evaluation", "cluster")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -76,8 +76,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """16 hex digits that name the experiment: every field but the mapping to hardware."""
-    content = recipe.model_dump(mode="json", exclude={_OUTSIDE_THE_FINGERPRINT})
+    """16 hex digits that name the experiment: every field but those of `OUTSIDE_THE_FINGERPRINT`."""
+    content = recipe.model_dump(mode="json", exclude=set(OUTSIDE_THE_FINGERPRINT))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -87,7 +87,7 @@ def differences(ours: Recipe, theirs: Recipe) -> list[str]:
     return [
         f"{name}: {left.get(name)!r} != {right.get(name)!r}"
         for name in sorted({*left, *right})
-        if left.get(name) != right.get(name) and not name.startswith(f"{_OUTSIDE_THE_FINGERPRINT}.")
+        if left.get(name) != right.get(name) and name.partition(".")[0] not in OUTSIDE_THE_FINGERPRINT
     ]
 
 

@@ -16,6 +16,23 @@ class CheckpointSection(Section):
     max_failed: Count = 3  # checkpoints in a row that could not be written
 
 
+class EvaluationSection(Section):
+    """What committed checkpoints are measured on, beside the run; may change when a run resumes."""
+
+    datasets: tuple[str, ...] = ()  # as jobs/evaluate.py takes them; the first one judges which checkpoint is the best
+    every_commits: Count = 1
+    cpus: Count = 1
+    gpus: Annotated[int, Field(ge=0, le=1)] = 0
+    tries: Count = 2  # of one evaluation, whose node may be taken away
+
+    @model_validator(mode="after")
+    def _places(self) -> Self:
+        for uri in self.datasets:
+            if "://" not in uri and not uri.startswith("/"):
+                raise ValueError(f"datasets must be absolute paths or s3:// URIs, got {uri!r}")
+        return self
+
+
 class StreamSection(Section):
     """What the stream bears before it stops the run: the lower of the two bounds, a share being one slide at least."""
 
@@ -24,7 +41,7 @@ class StreamSection(Section):
 
 
 class ClusterSection(Section):
-    """How the run is mapped to hardware: the one section that may change when a run resumes."""
+    """How the run is mapped to hardware; may change when a run resumes."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: Count | tuple[Count, Count] = 1  # a number, or the bounds between which the run grows and shrinks

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 
 import torch
 
@@ -59,6 +60,23 @@ class EvaluationReport:
     def key(self) -> str:
         """Where it lies in the run folder."""
         return report_key(self.dataset, self.step)
+
+    def scalars(self) -> dict[str, float]:
+        """Tags and figures of the pretrained network for TensorBoard."""
+        return {
+            f"evaluate/{self.dataset}/{figure.probe}_{figure.metric}": figure.mean
+            for figure in self.figures
+            if figure.features == PRETRAINED
+        }
+
+    def headline(self) -> str:
+        """The pretrained network's figures, beside the untrained network's, as one line."""
+        figures = [
+            f"{_TITLES[probe]} {percent(self.figure(PRETRAINED, probe))}"
+            f" (untrained {percent(self.figure(UNTRAINED, probe))})"
+            for probe in PROBES
+        ]
+        return f"{self.dataset}: balanced accuracy, {', '.join(figures)}"
 
     def figure(self, features: str, probe: str, metric: str = "balanced_accuracy") -> Figure:
         """One figure."""
@@ -146,6 +164,13 @@ def note_best(run_store: Store, report: EvaluationReport) -> None:
 def report_key(dataset: str, step: int) -> str:
     """Key of the report on a dataset at a step, in the run folder."""
     return f"{FOLDER}/{dataset}-step-{step:08d}.json"
+
+
+def latest_step(run_store: Store, dataset_uri: str) -> int:
+    """The newest step of a run that was evaluated on a dataset, or 0."""
+    start = report_key(PurePosixPath(dataset_uri.rstrip("/")).name, 0).removesuffix(f"{0:08d}.json")
+    keys = (info.key for info in run_store.list(FOLDER))
+    return max((int(key.removeprefix(start).removesuffix(".json")) for key in keys if key.startswith(start)), default=0)
 
 
 def latest_report(run_store: Store, dataset: str) -> EvaluationReport | None:

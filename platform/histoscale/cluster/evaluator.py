@@ -1,0 +1,115 @@
+"""Evaluations beside a run: Ray tasks on free CPUs or a GPU, started by a thread of the driver."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+
+from histoscale.checkpoint.reader import latest_commit
+from histoscale.cluster.evaluations import DatasetWatch, Evaluated, Evaluation, EvaluationLost, look_at_all
+from histoscale.cluster.failures import diagnosis_in
+from histoscale.config.recipe import Recipe
+from histoscale.errors import StorageError
+from histoscale.evaluate.report import evaluate_run, latest_step
+from histoscale.observe.evaluation_events import write_evaluation
+from histoscale.storage import open_store
+
+_POLL_S = 5.0
+_LAST_S = 1800.0
+"""How long a run that is complete waits for the evaluation of its last checkpoint."""
+
+
+@contextlib.contextmanager
+def evaluating(run_uri: str, recipe: Recipe, tell: Callable[[str], None]) -> Iterator[None]:
+    """Evaluate checkpoints for as long as the block lasts, and the last one after it, if it ends as it should."""
+    store = open_store(run_uri)
+    watches = [
+        DatasetWatch(uri, recipe.evaluation, latest_step(store, uri), partial(_Task, run_uri, recipe), tell)
+        for uri in recipe.evaluation.datasets
+    ]
+    if not watches:
+        yield
+        return
+    done = threading.Event()
+
+    def look(*, last: bool = False) -> bool:
+        try:
+            commit = latest_commit(store)
+        except StorageError:
+            return True  # the run itself tells of it
+        return look_at_all(watches, commit.step if commit else 0, last=last)
+
+    def run() -> None:
+        while not done.wait(_POLL_S):
+            look()
+
+    thread = threading.Thread(target=run, name="evaluations", daemon=True)
+    thread.start()
+    try:
+        yield
+        done.set()
+        thread.join()
+        _finish(look, tell)
+    finally:
+        done.set()
+        thread.join()
+        for watch in watches:
+            watch.abandon()
+
+
+def _finish(look: Callable[..., bool], tell: Callable[[str], None]) -> None:
+    """Wait for the evaluation of the last checkpoint."""
+    waited_s = 0.0
+    pause = threading.Event()
+    while look(last=True):
+        if waited_s == 0.0:
+            tell("waiting for the evaluation of the last checkpoint")
+        if waited_s >= _LAST_S:
+            tell(f"warning: the evaluation of the last checkpoint took more than {_LAST_S:g} s and is left out")
+            return
+        pause.wait(_POLL_S)
+        waited_s += _POLL_S
+
+
+class _Task(Evaluation):
+    """An evaluation as a Ray task: where its process is lost, nothing else is."""
+
+    def __init__(self, run_uri: str, recipe: Recipe, dataset_uri: str) -> None:
+        evaluation = recipe.evaluation
+        task: Any = ray.remote(_evaluate).options(
+            num_cpus=evaluation.cpus, num_gpus=evaluation.gpus, max_retries=0, name="evaluation"
+        )
+        self._ref = task.remote(run_uri, recipe, dataset_uri)
+
+    def ended(self) -> bool:
+        return bool(ray.wait([self._ref], timeout=0)[0])
+
+    def result(self) -> Evaluated:
+        try:
+            found: Evaluated = ray.get(self._ref)
+        except RayError as error:
+            raise diagnosis_in(error) or EvaluationLost(_what_happened(error)) from error
+        return found
+
+    def cancel(self) -> None:
+        ray.cancel(self._ref, force=True)
+
+
+def _what_happened(error: RayError) -> str:
+    """A line: of an exception in the task its own last one, of a lost process Ray's first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if isinstance(error, RayTaskError) else 0]
+
+
+def _evaluate(run_uri: str, recipe: Recipe, dataset_uri: str) -> Evaluated:
+    """On the node of the task."""
+    torch.set_num_threads(recipe.evaluation.cpus)
+    store = open_store(run_uri)
+    report = evaluate_run(store, recipe, dataset_uri, torch.device("cuda" if recipe.evaluation.gpus else "cpu"))
+    write_evaluation(store, report.step, report.scalars())
+    return Evaluated(report.step, report.headline())
