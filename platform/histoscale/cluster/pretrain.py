@@ -16,6 +16,7 @@ from histoscale.cluster.fork import ForkSource, origin_of, require_same_parent
 from histoscale.cluster.launch import run_workers
 from histoscale.cluster.lease import Lease
 from histoscale.cluster.plan_lines import describe_plan
+from histoscale.cluster.provenance import record_provenance
 from histoscale.cluster.resources import resolve_device, trainer_nodes, wait_for_resources
 from histoscale.cluster.run_folder import (
     DEFAULT_PRECISION,
@@ -170,6 +171,7 @@ def _go_on(checked: CheckedRequest, device: str, lease: Lease, tell: Callable[[s
     if recipe is None:
         recipe = resolve_precision(request.recipe, DEFAULT_PRECISION[device])
         start_run(store, recipe, request.index_uri, catalogue.snapshot_id, checked.origins, checked.parent)
+    record_provenance(store)
     quarantine = commit.quarantine if commit else ()
     feed = _feed(checked, recipe, start, quarantine, device)
     tell(f"plan {checked.plan.fingerprint(catalogue.snapshot_id)} over snapshot {catalogue.snapshot_id}")
