@@ -111,23 +111,17 @@ def test_a_second_job_on_a_run_is_told_who_holds_it(head: LocalHead, index: Path
     assert not (run / "recipe.yaml").exists()
 
 
-def test_a_dead_driver_is_succeeded(head: LocalHead, index: Path, killed_run: Path, tmp_path: Path) -> None:
-    run = tmp_path / "orphan"
-    run.mkdir()
-    (run / "lease.json").write_text('{"holder": "raysubmit_dead", "token": "x", "beat": 3}')
-    text = run_to_the_end(head, command(index, run, "--set", "schedule.images=64", "--set", "cluster.workers=1"))
-    assert "complete: 4 steps" in text
-    assert not (run / "lease.json").exists()
-
-
-def test_a_fork_begins_from_a_checkpoint_under_another_recipe(
+def test_a_fork_succeeds_a_dead_driver_and_begins_from_a_checkpoint_under_another_recipe(
     head: LocalHead, index: Path, killed_run: Path, tmp_path: Path
 ) -> None:
     run, shorter = tmp_path / "fork", ["--set", "schedule.images=64", "--set", "cluster.workers=1"]
+    run.mkdir()
+    (run / "lease.json").write_text('{"holder": "raysubmit_dead", "token": "x", "beat": 3}')
     text = run_to_the_end(head, command(index, run, *shorter, "--fork-from", f"{killed_run}@100"))
     assert f"forked from {killed_run} at step 100" in text
     assert "starting at step 0 of 4" in text
     assert "complete: 4 steps" in text
+    assert not (run / "lease.json").exists()
     assert json.loads((run / "parent.json").read_text())["updates"] == 100
     assert json.loads((run / "origins.json").read_text())[0].startswith(f"forked from {killed_run} at step 100")
     kinds = [event.kind for event in read_events(open_store(run))]

@@ -40,7 +40,7 @@ def head(s3_server: S3Server) -> Iterator[LocalHead]:
         yield running
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=[pytest.param("folder", marks=pytest.mark.slow), "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, shared_data: Path, s3_env: S3Server) -> Place:
     """The three slides with a sidecar, and a few labelled tiles, in a folder or in a bucket."""
     folder = tmp_path / "place"

@@ -53,9 +53,9 @@ class Leg:
 
 # What groups of so many workers do, one after the other: a run that is resumed, and the beginning of runs in bf16.
 GROUPS = [
-    (3, [Leg("resumed", 2, stop=15), *(Leg(f"bf16-3-{stage}", stage, stop=2, precision="bf16") for stage in STAGES)]),
+    (3, [Leg("resumed", 2, stop=15), *(Leg(f"bf16-3-{stage}", stage, stop=1, precision="bf16") for stage in STAGES)]),
     (2, [Leg("resumed", 3, stop=22)]),
-    (1, [Leg("resumed", 1), *(Leg(f"bf16-1-{stage}", stage, stop=2, precision="bf16") for stage in STAGES)]),
+    (1, [Leg("resumed", 1), *(Leg(f"bf16-1-{stage}", stage, stop=1, precision="bf16") for stage in STAGES)]),
 ]
 
 

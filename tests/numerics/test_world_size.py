@@ -88,12 +88,16 @@ def test_weights_moments_and_teacher_equal_those_of_one_plain_process(plain_grid
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_first_gradients_in_bf16_are_the_same_with_three_workers_as_with_one(grid_groups: Path, stage: int) -> None:
-    """No gradient may be scaled by a size that is no power of two before it is rounded to bf16."""
+    """No gradient may be scaled by a size that is no power of two before it is rounded to bf16.
+
+    After one step: the weights that the second one computes with are rounded to bf16 once more, where any difference
+    may become one of the last digit.
+    """
     three, one = (grid_groups / f"bf16-{size}-{stage}" for size in (3, 1))
     for name in (*TERMS, "grad_norm"):
         assert curve_distance(record_of(three).metrics, record_of(one).metrics, name) < 1e-6, name
-    moments = [state_of(run, step=2)["exp_avg"] for run in (three, one)]
-    assert relative_distance(*moments) < TOLERANCE
+    moments = [state_of(run, step=1)["exp_avg"] for run in (three, one)]
+    assert relative_distance(*moments) < 1e-6
 
 
 def test_sample_ids_crops_and_masks_are_the_same_to_the_bit(grid_inputs: dict[str, dict[str, str]], run: Path) -> None:

@@ -123,6 +123,27 @@ def test_waiting_takes_a_checkpoint_to_its_commit(store: Gated) -> None:
         writer.finish()
 
 
+def test_what_must_come_first_has_ended_before_the_commit_and_does_not_hold_up_the_steps(store: Gated) -> None:
+    writer, go_on, seen = writer_to(store), threading.Event(), []
+
+    def first() -> None:
+        go_on.wait(WAIT_S)
+        seen.append(latest_commit(store))
+
+    writer.begin(snapshot(1), first)
+    assert writer.settle(wait=False) is None
+    assert seen == []
+    go_on.set()
+    assert writer.settle(wait=True) is not None
+    assert seen == [None]
+
+
+def test_what_must_come_first_may_fail(store: Gated) -> None:
+    writer = writer_to(store)
+    writer.begin(snapshot(1), lambda: store.get("nowhere"))
+    assert writer.settle(wait=True) == latest_commit(store)
+
+
 # Failures.
 
 

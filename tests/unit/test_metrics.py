@@ -102,7 +102,7 @@ def test_events_that_find_no_room_are_dropped_and_begun_again(
     writer = MetricsWriter(open_store(tmp_path), 0)
     for step in range(3):
         writer.write(step, {"a": 1.0})
-        writer.publish()
+        writer.flush()()
     writer.close()
     assert OnAFullDisk.files == files
     assert "TensorBoard's events cannot be written, some are lost: No space left on device" in caplog.text
@@ -127,7 +127,7 @@ def test_what_a_bucket_does_not_take_is_published_with_the_next_commit(
     store = AwayBucket(tmp_path)
     writer = MetricsWriter(store, 0)
     writer.write(0, {"a": 1.0})
-    writer.publish()
+    writer.flush()()
     assert "metrics could not be published, the next commit tries again: the bucket is away" in caplog.text
     assert not list(tmp_path.iterdir())
     store.away = False

@@ -105,11 +105,18 @@ class CheckpointWriter:
         """Step of the checkpoint that is being written."""
         return self._flight.snapshot.step if self._flight else None
 
-    def begin(self, snapshot: Snapshot) -> None:
+    def begin(self, snapshot: Snapshot, first: Callable[[], None] | None = None) -> None:
         """Copy a snapshot to host memory and let it be written; what was in flight must be settled.
 
         Failures come out in `settle`.
+
+        Args:
+            snapshot: Of this rank.
+            first: What this rank does before its shard is written, beside training too: it has ended, well or not, when
+                the commit comes to be.
         """
+        if first is not None:
+            self._thread.submit(first)
         folder = folder_prefix(snapshot.step, on_first_rank(lambda: secrets.token_hex(4)))
         shard: Future[Shard] = Future()
         try:

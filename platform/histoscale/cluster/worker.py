@@ -116,9 +116,7 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
             goodput = {"progress/goodput": meter.add(timing, time.monotonic())}
             writer.write(step, _scalars(metrics) | timing | goodput)
             begun_s = time.monotonic()
-            committed = _commit_if_due(spec.recipe, trainer, step, metrics)
-            if committed:
-                writer.publish()
+            committed = _commit_if_due(spec.recipe, trainer, step, metrics, writer)
             stall_s = time.monotonic() - begun_s
             stalled_s += stall_s
             if committed:
@@ -172,14 +170,19 @@ def _require_the_run(line: ControlLine, run_uri: str) -> None:
         )
 
 
-def _commit_if_due(recipe: Recipe, trainer: Trainer, step: int, metrics: StepMetrics) -> Commit | None:
-    """Move on with checkpoints after a step; answers the commit that has come to be, if one has."""
+def _commit_if_due(
+    recipe: Recipe, trainer: Trainer, step: int, metrics: StepMetrics, writer: MetricsWriter | None = None
+) -> Commit | None:
+    """Move on with checkpoints after a step; answers the commit that has come to be, if one has.
+
+    What was measured of the steps of a commit is in the run folder before it: a resume could not measure it again.
+    """
     done = step + 1
-    if done == recipe.steps or metrics.stop:
-        return trainer.save(done)
-    if done % recipe.checkpoint.every_steps == 0:
-        return trainer.begin_save(done)
-    return trainer.settle(wait=False)
+    last = done == recipe.steps or metrics.stop
+    if not last and done % recipe.checkpoint.every_steps:
+        return trainer.settle(wait=False)
+    first = writer.flush() if writer is not None else None
+    return trainer.save(done, first) if last else trainer.begin_save(done, first)
 
 
 def _progress(recipe: Recipe, step: int, metrics: StepMetrics, timing: dict[str, float], note: str) -> Progress:

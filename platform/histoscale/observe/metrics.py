@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Rank 0's writer; local run folders are written in place, remote ones at each `publish`.
+    """Rank 0's writer; local run folders are written in place, remote ones at each commit.
 
     Args:
         store: The run folder.
@@ -50,11 +50,12 @@ class MetricsWriter:
         self._lines.add(json.dumps({"step": step, **values}) + "\n")
         self._events.add(step, values)
 
-    def publish(self) -> None:
-        """Make everything written so far visible in the run folder."""
+    def flush(self) -> Callable[[], None]:
+        """Finish what was written so far; the answer brings it into the run folder, and may be called by any thread."""
         self._events.flush()
-        if not self._remote:
-            return
+        return self._upload if self._remote else _done
+
+    def _upload(self) -> None:
         try:
             for path in sorted(self._directory.rglob("*")):
                 if path.is_file():
@@ -63,8 +64,8 @@ class MetricsWriter:
             _log.warning("metrics could not be published, the next commit tries again: %s", error)
 
     def close(self) -> None:
-        """Publish and let go."""
-        self.publish()
+        """Bring everything into the run folder, and let go."""
+        self.flush()()
         self._events.close()
         if self._remote:
             shutil.rmtree(self._directory)
@@ -81,6 +82,10 @@ class MetricsWriter:
         rewritten = self._metrics.with_suffix(".part")
         rewritten.write_bytes(committed)
         rewritten.replace(self._metrics)
+
+
+def _done() -> None:
+    """Nothing is left to do: the file lies in the run folder."""
 
 
 class _Lines:

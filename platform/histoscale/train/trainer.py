@@ -11,7 +11,7 @@ trainer.save(recipe.steps)
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -205,10 +205,14 @@ class Trainer:
         self._next_step = step + 1
         return metrics
 
-    def begin_save(self, step: int) -> Commit | None:
+    def begin_save(self, step: int, first: Callable[[], None] | None = None) -> Commit | None:
         """Copy the state after `step` steps to host memory and let it be committed beside the next steps.
 
         Waits for the checkpoint in flight, if there is one; answers its commit.
+
+        Args:
+            step: The trainer's.
+            first: See `CheckpointWriter.begin`.
 
         Raises:
             TrainingError: So many steps have not been taken, or the state was read in part only.
@@ -217,7 +221,7 @@ class Trainer:
         self._require_at(step)
         committed = self.settle(wait=True)
         if self._last_commit is None or self._last_commit.step != step:
-            self._writer.begin(self._snapshot(step))
+            self._writer.begin(self._snapshot(step), first)
         return committed
 
     def settle(self, *, wait: bool) -> Commit | None:
@@ -237,14 +241,18 @@ class Trainer:
             self._note(commit)
         return commit
 
-    def save(self, step: int) -> Commit:
+    def save(self, step: int, first: Callable[[], None] | None = None) -> Commit:
         """Commit the state after `step` steps and wait; the commit that exists is returned when it is of this step.
+
+        Args:
+            step: The trainer's.
+            first: See `CheckpointWriter.begin`.
 
         Raises:
             TrainingError: See `begin_save`.
             StorageError: Something could not be written; nothing is committed.
         """
-        self.begin_save(step)
+        self.begin_save(step, first)
         if self._last_commit is not None and self._last_commit.step == step:
             return self._last_commit
         commit = self._writer.finish()
