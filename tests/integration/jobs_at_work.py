@@ -95,6 +95,18 @@ def train_workers(head: LocalHead) -> list[psutil.Process]:
     return found
 
 
+def process_of(head: LocalHead, task: str) -> psutil.Process:
+    """The first process that runs a task of this name for one head; fails where none comes in time."""
+    deadline_s = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline_s:
+        for process in psutil.process_iter(["cmdline"]):
+            title = " ".join(process.info["cmdline"] or [])
+            if title.startswith(f"ray::{task}") and _belongs_to(process, head):
+                return process
+        time.sleep(0.05)
+    raise AssertionError(f"no process of {task} within {WAIT_S:g} s")
+
+
 def _belongs_to(process: psutil.Process, head: LocalHead) -> bool:
     try:
         return process.environ().get("RAY_AUTH_TOKEN") == head.environment["RAY_AUTH_TOKEN"]

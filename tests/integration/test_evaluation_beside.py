@@ -1,0 +1,65 @@
+"""Checkpoints are evaluated beside a run on a real head; what becomes of an evaluation is nothing to the run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests.integration.jobs_at_work import TINY, Submission, process_of, run_directly, run_to_the_end
+
+from histoscale.bench.watched_job import set_words
+from histoscale.checkpoint.ledger import read_history
+from histoscale.cluster.local import HeadSize, LocalHead
+from histoscale.slides.synthetic import make_slides
+from histoscale.storage import open_store
+
+STEPS, TILES = 60, 16
+
+
+def labelled_tiles(folder: Path, count: int = 12) -> Path:
+    """Two classes that colour tells apart."""
+    rng = np.random.default_rng(0)
+    for name, level in (("pale", 200), ("dark", 80)):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.normal(level, 20, (56, 56, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_checkpoints_are_evaluated_beside_the_run_though_one_evaluation_is_killed(tmp_path: Path) -> None:
+    dataset, run = labelled_tiles(tmp_path / "tiles"), tmp_path / "run"
+    make_slides(tmp_path / "slides", count=2)
+    settings = set_words(f"batch.tiles={TILES}", f"schedule.images={STEPS * TILES}", f"evaluation.datasets=[{dataset}]")
+    words = ["--index", str(tmp_path / "index"), "--out", str(run), *TINY, *settings]
+    with LocalHead(HeadSize(cpus=8, object_store_bytes=500_000_000)) as head:
+        run_to_the_end(head, ["python", "jobs/index.py", str(tmp_path / "slides"), "--out", str(tmp_path / "index")])
+        job = Submission(head, ["python", "jobs/pretrain.py", *words])
+        victim = process_of(head, "evaluation")
+        victim.kill()
+        job.wait_for(lambda line: line.startswith("the evaluation of step ") and "is tried again" in line)
+        text = job.finish()
+    assert job.status == 0, text
+    assert "the workers failed" not in text
+    assert "restarted on" not in text
+    assert f"evaluated step {STEPS} on tiles: balanced accuracy" in text
+    assert dict(read_history(open_store(run), STEPS)) == {step: [(step * TILES, TILES)] for step in range(STEPS)}
+
+    reports = {json.loads(path.read_text())["step"] for path in (run / "evaluations").glob("tiles-step-*.json")}
+    assert STEPS in reports
+    best = json.loads((run / "evaluations" / "best.json").read_text())
+    assert best["step"] in reports
+    curves = EventAccumulator(str(run / "events" / "evaluation"))
+    curves.Reload()
+    assert {scalar.step for scalar in curves.Scalars("evaluate/tiles/knn_balanced_accuracy")} == reports
+
+
+def test_a_dataset_that_cannot_be_used_is_refused_before_the_run(tmp_path: Path) -> None:
+    make_slides(tmp_path / "slides", count=1)
+    assert run_directly("index.py", str(tmp_path / "slides"), "--out", str(tmp_path / "index")).returncode == 0
+    words = ["--index", str(tmp_path / "index"), "--out", str(tmp_path / "run"), *TINY]
+    done = run_directly("pretrain.py", *words, *set_words(f"evaluation.datasets=[{tmp_path / 'nowhere'}]"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: the dataset has no labelled tiles")
+    assert not (tmp_path / "run").exists()
