@@ -1,5 +1,6 @@
 """MIDOG++, DLBCL-Morph, BACH, BreaKHis and the Gleason patches: which tiles are taken, and what is refused."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tests.unit import datasets_on_disk as disk
 
 from histoscale.errors import DatasetError
-from histoscale.evaluate.datasets.midog import CLASSES, SIDE_PX, corners_of, kept_cells
+from histoscale.evaluate.datasets.midog import CLASSES, SIDE_PX, CutTiles, corners_of, kept_cells
+from histoscale.storage.local import LocalStore
 
 
 def test_midog_cuts_whole_cells_that_lie_inside_and_apart(tmp_path: Path) -> None:
@@ -66,10 +69,27 @@ def test_a_cells_tile_is_a_function_of_the_cell_alone_and_its_place_is_spread_ou
     corners = corners_of(ids, np.ones(2000, dtype=np.int64), boxes, sizes)
     some = corners_of(ids[70:90], np.ones(20, dtype=np.int64), boxes[70:90], sizes)
     np.testing.assert_array_equal(some, corners[70:90])
-    shift = np.array([1000.5, 1000.0]) - corners
-    assert shift.min() >= 0
-    assert shift.max() < 176  # 224 - 50 px of room, and rounding down
-    np.testing.assert_allclose(shift.mean(axis=0), [87.5, 87.5], atol=4 * 174 / np.sqrt(12 * 2000))
+    for axis, (first, last) in enumerate(((827, 1000), (826, 1000))):  # that hold the box, on whole pixels
+        assert (corners[:, axis].min(), corners[:, axis].max()) == (first, last)
+        deviation = (last - first) / np.sqrt(12 * 2000)
+        assert corners[:, axis].mean() == pytest.approx((first + last) / 2, abs=4 * deviation)
+
+
+def test_images_are_decoded_again_when_others_have_taken_their_place() -> None:
+    class Counting(LocalStore):
+        def get(self, key: str) -> bytes:
+            fetched.append(key)
+            data = io.BytesIO()
+            Image.fromarray(disk.pixels(int(key), 9, 9)).save(data, "PNG")
+            return data.getvalue()
+
+    fetched: list[str] = []
+    tiles = CutTiles(Counting(Path("/nowhere")), ("0", "1", "2"), np.array([[0, 1, 2], [1, 0, 0], [2, 4, 4]]), 5)
+    for index in (0, 1, 0, 2, 1, 0):
+        tile = tiles.read(index)[1]
+        image, x, y = ((0, 1, 2), (1, 0, 0), (2, 4, 4))[index]
+        np.testing.assert_array_equal(tile, disk.pixels(image, 9, 9)[y : y + 5, x : x + 5])
+    assert fetched == ["0", "1", "2", "0"]
 
 
 @pytest.mark.parametrize(

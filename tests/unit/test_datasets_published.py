@@ -1,7 +1,9 @@
 """Each published dataset in its own layout: labels, groups, centers, parts and pixels, and what is refused."""
 
+import gc
 import gzip
 import pickle
+import tempfile
 from pathlib import Path
 
 import h5py
@@ -11,7 +13,9 @@ from tests.unit import datasets_on_disk as disk
 
 from histoscale.errors import DatasetError
 from histoscale.evaluate.datasets import LAYOUTS, LabelledTiles, open_dataset
+from histoscale.evaluate.datasets.hdf5 import Hdf5File, read_array
 from histoscale.evaluate.features import extract
+from histoscale.storage.local import LocalStore
 
 PCAM = {"train": 6, "valid": 3, "test": 4}
 
@@ -105,6 +109,28 @@ def test_pcam_that_is_incomplete_or_damaged_is_refused(tmp_path: Path, damage: s
         table.unlink()
     with pytest.raises(DatasetError, match=message):
         disk.opened(tmp_path, "pcam")
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_an_hdf5_file_of_a_bucket_is_copied_once_and_the_copy_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gzipped: bool
+) -> None:
+    class Bucket(LocalStore):
+        def local_path(self, key: str) -> Path | None:
+            return None
+
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    disk.write_pcam(tmp_path, {"test": 3}, gzipped=gzipped)
+    key = "camelyonpatch_level_2_split_test_x.h5" + (".gz" if gzipped else "")
+    file = Hdf5File(Bucket(tmp_path), key)
+    assert not any((tmp_path / "scratch").iterdir()), "nothing is copied before it is read"
+    for _ in range(2):
+        np.testing.assert_array_equal(read_array(file, "x")[2], disk.pixels(2, 96, 96))
+    assert len(list((tmp_path / "scratch").iterdir())) == 1
+    del file
+    gc.collect()
+    assert not any((tmp_path / "scratch").iterdir())
 
 
 def test_a_file_of_pcam_that_goes_while_it_is_read_makes_damaged_tiles(tmp_path: Path) -> None:

@@ -148,10 +148,10 @@ def corners_of(
     ids: NDArray[np.int64], images: NDArray[np.int64], boxes: _Boxes, sizes: Mapping[int, tuple[int, int]]
 ) -> NDArray[np.int64]:
     """Upper left corners of the tiles of cells, int64 [N, 2], x and y in px: each a function of its cell alone."""
-    room = SIDE_PX - (boxes[:, 2:] - boxes[:, :2])
-    free = uniforms(key(SEED, "midog"), ids, 2) * room
+    first, last = np.ceil(boxes[:, 2:] - SIDE_PX), np.floor(boxes[:, :2])  # that hold the whole box
+    drawn = first + np.floor(uniforms(key(SEED, "midog"), ids, 2) * (last - first + 1))
     limits = np.array([sizes[image] for image in images.tolist()], dtype=np.int64).reshape(-1, 2) - SIDE_PX
-    return np.clip(np.floor(boxes[:, :2] - free).astype(np.int64), 0, limits)
+    return np.clip(drawn.astype(np.int64), 0, limits)
 
 
 def _decode(layout: Layout, data: bytes) -> tuple[dict[int, str], dict[int, tuple[int, int]], _Cells]:
