@@ -151,7 +151,7 @@ def corners_of(
     first, last = np.ceil(boxes[:, 2:] - SIDE_PX), np.floor(boxes[:, :2])  # that hold the whole box
     drawn = first + np.floor(uniforms(key(SEED, "midog"), ids, 2) * (last - first + 1))
     limits = np.array([sizes[image] for image in images.tolist()], dtype=np.int64).reshape(-1, 2) - SIDE_PX
-    return np.clip(drawn.astype(np.int64), 0, limits)
+    return np.asarray(np.clip(drawn, 0, limits), dtype=np.int64)
 
 
 def _decode(layout: Layout, data: bytes) -> tuple[dict[int, str], dict[int, tuple[int, int]], _Cells]:
