@@ -4,7 +4,8 @@ r"""Probe a run's newest checkpoint on labelled tiles, beside the same network u
         python jobs/evaluate.py --run RUN --dataset DIR
 
 RUN is the --out of jobs/pretrain.py. DIR is a folder or an s3:// prefix that holds one folder per class with PNG, JPEG
-or TIFF tiles in it. The table is printed; all figures go to RUN/evaluations/. A GPU is used where the cluster has one.
+or TIFF tiles in it, or another layout of docs/guides/datasets.md. The table is printed; all figures go to
+RUN/evaluations/. A GPU is used where the cluster has one.
 Exit status: 0, or 2 with a one-line diagnosis as the last line.
 """
 

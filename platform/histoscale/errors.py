@@ -1,7 +1,7 @@
 """Every error that the library raises on purpose: a diagnosis in one line.
 
 HistoscaleError
-├── RecipeError        a recipe or an override that is not valid
+├── RecipeError        a recipe, an override or a suite that is not valid
 ├── StorageError       a bucket, a folder or an object that cannot be read or written
 ├── SlideError         a slide that cannot be opened, read or used
 ├── SlideIndexError    an index, its inputs or its files that do not fit
@@ -60,7 +60,7 @@ def _rebuild(kind: type[HistoscaleError], what: str, keywords: dict[str, Any]) -
 
 
 class RecipeError(HistoscaleError):
-    """A recipe or an override that is not valid; holds every problem of the file at once."""
+    """A recipe, an override or a suite that is not valid; holds every problem of the file at once."""
 
 
 class StorageError(HistoscaleError):

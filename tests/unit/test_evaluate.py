@@ -1,5 +1,6 @@
 """Probes on features with known answers, refusals of datasets, and a report that reads back as it was written."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -23,7 +24,7 @@ from histoscale.evaluate import backbone as backbone_module
 from histoscale.evaluate import report as report_module
 from histoscale.evaluate.backbone import initial_backbone, trained_backbone
 from histoscale.evaluate.baselines import colour_statistics
-from histoscale.evaluate.dataset import LabelledTiles, decode_tile, open_dataset
+from histoscale.evaluate.datasets import FileTiles, LabelledTiles, decode_tile, open_dataset
 from histoscale.evaluate.embed import Embedder
 from histoscale.evaluate.features import extract
 from histoscale.evaluate.probes import (
@@ -104,7 +105,8 @@ def test_dataset_lists_classes_and_tiles_in_sorted_order(tmp_path: Path) -> None
     dataset = open_dataset(str(tmp_path))
     assert dataset.classes == ("blue", "red")
     assert dataset.counts() == {"blue": 7, "red": 6}
-    assert [key.split("/")[0] for key in dataset.keys] == [dataset.classes[label] for label in dataset.labels]
+    assert isinstance(dataset.source, FileTiles)
+    assert [key.split("/")[0] for key in dataset.source.keys] == [dataset.classes[label] for label in dataset.labels]
     assert dataset.describe(0) == "blue #0"
     assert dataset.describe(12) == "red #5"
 
@@ -159,10 +161,19 @@ def test_features_come_in_the_order_of_the_tiles_whatever_the_batch(tmp_path: Pa
     dataset = open_dataset(str(two_classes(tmp_path)))
     whole = extract(dataset, {"colour": colour_statistics}, batch_tiles=100)
     pieces = extract(dataset, {"colour": colour_statistics}, batch_tiles=5)
-    one_by_one = [colour_statistics([decode_tile(dataset.store.get(key))]) for key in dataset.keys]
+    one_by_one = [colour_statistics([dataset.source.read(index)[1]]) for index in range(len(dataset))]
     np.testing.assert_array_equal(whole.by_name["colour"], pieces.by_name["colour"])
     np.testing.assert_array_equal(whole.by_name["colour"], np.concatenate(one_by_one))
     assert whole.content_hash == pieces.content_hash
+
+
+def test_content_hash_is_that_of_classes_labels_and_files_in_sorted_order(tmp_path: Path) -> None:
+    folder = two_classes(tmp_path)
+    content = hashlib.sha256(b"blue\x1fred")
+    for label, name in enumerate(("blue", "red")):
+        for path in sorted((folder / name).iterdir()):
+            content.update(bytes(label) + hashlib.sha256(path.read_bytes()).digest())
+    assert extract(open_dataset(str(folder)), {}).content_hash == content.hexdigest()[:16]
 
 
 def test_content_hash_follows_content_and_not_place(tmp_path: Path) -> None:
@@ -344,4 +355,6 @@ def test_initial_backbone_is_the_same_each_time_and_follows_the_seed() -> None:
 def test_labelled_tiles_pickle_for_another_node(tmp_path: Path) -> None:
     dataset = open_dataset(str(two_classes(tmp_path)))
     copy: LabelledTiles = pickle.loads(pickle.dumps(dataset))
-    assert copy.keys == dataset.keys
+    assert [copy.source.read(index)[0] for index in range(len(copy))] == [
+        dataset.source.read(index)[0] for index in range(len(dataset))
+    ]

@@ -28,7 +28,7 @@ from histoscale.config.recipe import DataSection, Recipe
 from histoscale.errors import DatasetError
 from histoscale.evaluate.backbone import initial_backbone, trained_backbone
 from histoscale.evaluate.baselines import colour_statistics
-from histoscale.evaluate.dataset import Tile, decode_tile
+from histoscale.evaluate.datasets import Tile, decode_tile
 from histoscale.evaluate.embed import Embedder
 from histoscale.evaluate.features import BATCH_TILES, Extractor, FloatArray
 from histoscale.evaluate.probes import PROBES, Labels, predict_knn, predict_linear

@@ -45,14 +45,25 @@ def decode_recipe(values: dict[str, Any], overrides: Sequence[str] = (), *, sour
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
-        problems = [_problem(details) for details in _leaves(error.errors())]
-        raise RecipeError(
-            f"{source} has {len(problems)} problem{'s' if len(problems) > 1 else ''}: " + "; ".join(problems)
-        ) from error
+        raise invalid(error, Recipe, source) from error
 
 
-def parse_yaml(text: str, source: str) -> dict[str, Any]:
-    """The mapping that a YAML text holds.
+def invalid(error: ValidationError, root: type[BaseModel], source: str) -> RecipeError:
+    """The error for values that are not those of a model: every problem, unknown fields with the nearest known one.
+
+    Args:
+        error: What the model says.
+        root: The model.
+        source: Names the values.
+    """
+    problems = [_problem(details, root) for details in _leaves(error.errors())]
+    return RecipeError(
+        f"{source} has {len(problems)} problem{'s' if len(problems) > 1 else ''}: " + "; ".join(problems)
+    )
+
+
+def parse_yaml(text: str, source: str, kind: str = "recipe") -> dict[str, Any]:
+    """The mapping that a YAML text holds; `kind` is what it is to be.
 
     Raises:
         RecipeError: It is no YAML, or no mapping.
@@ -65,7 +76,7 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise RecipeError(
-            f"{source} is not a recipe", value=type(values).__name__, expected="nested `field: value` lines"
+            f"{source} is not a {kind}", value=type(values).__name__, expected="nested `field: value` lines"
         )
     return values
 
@@ -132,11 +143,11 @@ def _leaves(problems: list[ErrorDetails]) -> list[ErrorDetails]:
     ]
 
 
-def _problem(details: ErrorDetails) -> str:
+def _problem(details: ErrorDetails, root: type[BaseModel]) -> str:
     path = [str(part) for part in details["loc"]]
-    name = ".".join(path) or "recipe"
+    name = ".".join(path) or root.__name__.lower()
     if details["type"] == "extra_forbidden":
-        known = _fields_at(path[:-1])
+        known = _fields_at(path[:-1], root)
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
         return f"{name} is not a field (nearest: {'.'.join([*path[:-1], near[0]]) if near else 'none'})"
     message = details["msg"].removeprefix("Value error, ")
@@ -145,9 +156,9 @@ def _problem(details: ErrorDetails) -> str:
     return f"{name} = {details['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _fields_at(path: list[str]) -> list[str]:
+def _fields_at(path: list[str], root: type[BaseModel]) -> list[str]:
     """Fields of the section at a path; of a section that may be of several kinds, the path also names the kind."""
-    models: list[type[BaseModel]] = [Recipe]
+    models: list[type[BaseModel]] = [root]
     for part in path:
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
         if fields:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from histoscale.evaluate.dataset import Tile
+from histoscale.evaluate.datasets import Tile
 from histoscale.evaluate.features import FloatArray
 
 

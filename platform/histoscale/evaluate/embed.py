@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from histoscale.augment.colour import normalise
-from histoscale.evaluate.dataset import Tile
+from histoscale.evaluate.datasets import Tile
 from histoscale.evaluate.features import FloatArray
 from histoscale.models import VisionTransformer
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histoscale.errors import DatasetError
-from histoscale.evaluate.dataset import LabelledTiles, Tile, decode_tile
+from histoscale.evaluate.datasets import LabelledTiles, Tile
 
 BATCH_TILES = 64
 _READERS = 8  # reads wait for the bucket far longer than they decode
@@ -58,21 +58,21 @@ def extract(dataset: LabelledTiles, extractors: Mapping[str, Extractor], batch_t
 
 
 def _batches(dataset: LabelledTiles, batch_tiles: int) -> Iterator[tuple[int, list[tuple[bytes, Tile | None]]]]:
-    def read(key: str) -> tuple[bytes, Tile | None]:
-        data = dataset.store.get(key)
-        return hashlib.sha256(data).digest(), decode_tile(data)
+    def read(index: int) -> tuple[bytes, Tile | None]:
+        content, tile = dataset.source.read(index)
+        return hashlib.sha256(content).digest(), tile
 
     with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(dataset.keys), batch_tiles):
-            yield start, list(pool.map(read, dataset.keys[start : start + batch_tiles]))
+        for start in range(0, len(dataset), batch_tiles):
+            yield start, list(pool.map(read, range(start, min(start + batch_tiles, len(dataset)))))
 
 
 def _unreadable(dataset: LabelledTiles, indices: list[int]) -> DatasetError:
     named = ", ".join(dataset.describe(index) for index in indices[:_MAX_NAMED])
     more = f" and {len(indices) - _MAX_NAMED} more" if len(indices) > _MAX_NAMED else ""
     return DatasetError(
-        f"{len(indices)} of {len(dataset.keys)} tiles cannot be read",
-        value=f"{named}{more}, numbered from 0 in the sorted order of each class",
+        f"{len(indices)} of {len(dataset)} tiles cannot be read",
+        value=f"{named}{more}, numbered from 0 in the order of each class",
         expected="whole PNG, JPEG or TIFF images",
         remedy="replace or remove these files",
     )

@@ -12,7 +12,7 @@ from histoscale.config.recipe import Recipe
 from histoscale.errors import DatasetError
 from histoscale.evaluate.backbone import initial_backbone, trained_backbone
 from histoscale.evaluate.baselines import colour_statistics
-from histoscale.evaluate.dataset import open_dataset
+from histoscale.evaluate.datasets import open_dataset
 from histoscale.evaluate.embed import Embedder
 from histoscale.evaluate.features import Extractor, extract
 from histoscale.evaluate.probes import NEIGHBOURS, PROBES, SPLITS, TEMPERATURE, TEST_SHARE, Figure, probe_features
