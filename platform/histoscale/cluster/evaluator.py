@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,12 +25,21 @@ _LAST_S = 1800.0
 
 
 @contextlib.contextmanager
-def evaluating(run_uri: str, recipe: Recipe, tell: Callable[[str], None]) -> Iterator[None]:
-    """Evaluate checkpoints for as long as the block lasts, and the last one after it, if it ends as it should."""
+def evaluating(
+    run_uri: str, recipe: Recipe, datasets: Mapping[str, str], tell: Callable[[str], None]
+) -> Iterator[None]:
+    """Evaluate checkpoints for as long as the block lasts, and the last one after it, if it ends as it should.
+
+    Args:
+        run_uri: The run folder.
+        recipe: Of the run.
+        datasets: URI -> name.
+        tell: Takes a line for people.
+    """
     store = open_store(run_uri)
     watches = [
-        DatasetWatch(uri, recipe.evaluation, latest_step(store, uri), partial(_Task, run_uri, recipe), tell)
-        for uri in recipe.evaluation.datasets
+        DatasetWatch(uri, recipe.evaluation, latest_step(store, name), partial(_Task, run_uri, recipe), tell)
+        for uri, name in datasets.items()
     ]
     if not watches:
         yield

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +31,7 @@ from histoscale.cluster.segments import next_segments, out_from, read_segments, 
 from histoscale.cluster.watching import Watched
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError
-from histoscale.evaluate.dataset import open_dataset
+from histoscale.evaluate.datasets import open_dataset
 from histoscale.models.published import describe_published, load_for
 from histoscale.observe.timeline import Event, Kind, Timeline
 from histoscale.sampling.plan import Plan
@@ -66,6 +66,7 @@ class CheckedRequest:
             are such.
         parent: The checkpoint that the run begins from, or began from.
         teacher: The frozen one of a distillation.
+        datasets: What checkpoints are evaluated on: URI -> name.
     """
 
     request: PretrainRequest
@@ -75,6 +76,7 @@ class CheckedRequest:
     origins: tuple[str, ...]
     parent: Parent | None
     teacher: Teacher | None
+    datasets: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,8 @@ def check_request(request: PretrainRequest) -> CheckedRequest:
     distill = request.recipe.distill
     teacher = find_teacher(request.recipe, distill) if distill is not None else None
     origins = _origins(request.recipe, store, teacher, lineage)
-    for uri in request.recipe.evaluation.datasets:
-        open_dataset(uri)
-    checked = CheckedRequest(request, store, catalogue, plan, origins, parent, teacher)
+    datasets = {uri: open_dataset(uri).name for uri in request.recipe.evaluation.datasets}
+    checked = CheckedRequest(request, store, catalogue, plan, origins, parent, teacher, datasets)
     _resumed_recipe(checked)
     return checked
 
@@ -184,7 +185,7 @@ def _go_on(checked: CheckedRequest, device: str, lease: Lease, tell: Callable[[s
     bad_slides = BadSlides(recipe.stream, len(catalogue.rows), quarantine, tell)
     with _recorded(store, recipe, start) as timeline:
         watched = Watched(lease, bad_slides, recipe.cluster.silence_s, timeline, tell)
-        with evaluating(store.uri, recipe, tell):
+        with evaluating(store.uri, recipe, checked.datasets, tell):
             run_workers(store.uri, recipe, device, start, feed, watched)
     for line in bad_slides.summary():
         tell(line)

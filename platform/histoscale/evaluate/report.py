@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
 
 import torch
 
@@ -166,9 +165,9 @@ def report_key(dataset: str, step: int) -> str:
     return f"{FOLDER}/{dataset}-step-{step:08d}.json"
 
 
-def latest_step(run_store: Store, dataset_uri: str) -> int:
+def latest_step(run_store: Store, dataset: str) -> int:
     """The newest step of a run that was evaluated on a dataset, or 0."""
-    start = report_key(PurePosixPath(dataset_uri.rstrip("/")).name, 0).removesuffix(f"{0:08d}.json")
+    start = report_key(dataset, 0).removesuffix(f"{0:08d}.json")
     keys = (info.key for info in run_store.list(FOLDER))
     return max((int(key.removeprefix(start).removesuffix(".json")) for key in keys if key.startswith(start)), default=0)
 
