@@ -52,7 +52,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list
 def alarms(curve: dict[str, list[float]]) -> list[str]:
     alarm = CollapseAlarm(toy_recipe().optim.warmup_images)
     said = [
-        alarm.update(int(images), cosine)
+        alarm.update({"progress/images_seen": images, "health/mean_cosine": cosine})
         for images, cosine in zip(curve["images_seen"], curve["mean_cosine"], strict=True)
     ]
     return [each for each in said if each is not None]

@@ -18,7 +18,7 @@ from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Pul
 from histoscale.cluster.failures import Yielded
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, RunError
-from histoscale.observe.alarms import CollapseAlarm
+from histoscale.observe.alarms import Alarms
 from histoscale.observe.goodput import STALL_S, GoodputMeter
 from histoscale.observe.metrics import MetricsWriter
 from histoscale.observe.timeline import Event, Kind, Timeline, wall_before
@@ -105,16 +105,17 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
     timeline.tell(_resumed(spec, start))
     stall_s = stalled_s = 0.0
     clock = _Clock(spec.recipe.batch.tiles)
-    collapse = CollapseAlarm(spec.recipe.optim.warmup_images)
+    alarms, alarm = Alarms(spec.recipe), ""
     try:
         for step in range(start, spec.recipe.steps):
             _require_the_run(line, spec.run_uri)
             micro_batches = feed.micro_batches(step)
             _tell_faults(spec, micro_batches)
-            metrics = trainer.step(step, micro_batches, stop_requested=line.wish.commits)
+            metrics = trainer.step(step, micro_batches, stop_requested=line.wish.commits or bool(alarm))
             timing = clock.tick(feed.wait_s) | {STALL_S: stall_s}
             goodput = {"progress/goodput": meter.add(timing, time.monotonic())}
-            writer.write(step, _scalars(metrics) | timing | goodput)
+            values = _scalars(metrics) | timing | goodput
+            writer.write(step, values)
             begun_s = time.monotonic()
             committed = _commit_if_due(spec.recipe, trainer, step, metrics, writer)
             stall_s = time.monotonic() - begun_s
@@ -123,11 +124,14 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
                 workers = dist.get_world_size()
                 timeline.tell(Event(Kind.COMMIT, time.time(), committed.step, workers, stall_s=stalled_s))
                 stalled_s = 0.0
-            alarm = collapse.update(metrics.images_seen, metrics.mean_cosine)
-            note = alarm or (f"checkpoint committed, of step {committed.step}" if committed else "")
-            line.tell(_progress(spec.recipe, step, metrics, timing, note))
+            notes = [f"warning: {said}" for said in alarms.update(values)]
+            if notes and spec.recipe.on_alarm == "stop":
+                alarm = alarm or notes[0]
+            if committed:
+                notes.append(f"checkpoint committed, of step {committed.step}")
+            line.tell(_progress(spec.recipe, step, metrics, timing, "; ".join(notes)))
             if metrics.stop:
-                _leave(line.wish)
+                _leave(line.wish, alarm)
                 return
     finally:
         writer.close()
@@ -144,12 +148,25 @@ def _resumed(spec: WorkerSpec, start: int) -> Event:
     return Event(Kind.RESUME, time.time(), start, workers, restart_s=since_s, steps_redone=max(0, step - start))
 
 
-def _leave(wish: Wish | None) -> None:
-    """End the run by returning, or the attempt alone by raising (collective).
+def _leave(wish: Wish | None, alarm: str = "") -> None:
+    """End the run by returning, or by an alarm, or the attempt alone by raising (collective).
 
     Args:
         wish: What the first rank was asked for; not looked at on others.
+        alarm: What has rung there, if that is to end the run; likewise.
+
+    Raises:
+        RunError: An alarm ends the run.
+        Yielded: The attempt ends, and another one begins.
     """
+    rung = on_first_rank(lambda: alarm)
+    if rung:
+        raise RunError(
+            "an alarm has stopped the run, whose last step is committed",
+            value=rung.removeprefix("warning: "),
+            expected="a healthy run, or on_alarm=warn",
+            remedy="do as the alarm says, or run the same command with --set on_alarm=warn to go on",
+        )
     if on_first_rank(lambda: wish) is Wish.COMMIT_AND_RESTART:
         raise Yielded("committed, to start again")
 

@@ -16,7 +16,7 @@ from histoscale.config.recipe import Recipe
 from histoscale.errors import RecipeError
 
 # What a run is looked at with, and what it runs on, are no part of the experiment: a run may resume with others.
-OUTSIDE_THE_FINGERPRINT = ("evaluation", "cluster")
+OUTSIDE_THE_FINGERPRINT = ("on_alarm", "evaluation", "cluster")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

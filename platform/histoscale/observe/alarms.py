@@ -1,14 +1,58 @@
-"""Alarms over the metrics of a run: pure, one value after the other."""
+"""Alarms over the metrics of a run: pure, one step after the other, so that they can be played over `metrics.jsonl`.
 
-from dataclasses import dataclass
+Each rings once for each time that its cause lasts, and names the cause and what to do.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from histoscale.config.recipe import Recipe
 
 COLLAPSED_COSINE = 0.98
-PATIENCE_STEPS = 20
+COLLAPSE_STEPS = 20
+CHANCE_SHARE = 0.97
+CHANCE_STEPS = 50
+STARVED_SHARE = 0.25
+STARVED_STEPS = 50
+
+Values = Mapping[str, float]
+"""What `metrics.jsonl` holds of a step."""
+
+
+class Alarm(Protocol):
+    """Looks at each step in turn."""
+
+    def update(self, values: Values) -> str | None:
+        """A sentence for the log at the step at which the alarm rings, None otherwise."""
+
+
+class Alarms:
+    """All alarms of a run.
+
+    Args:
+        recipe: Of the run.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        warmup = recipe.optim.warmup_images
+        self._alarms: list[Alarm] = [CollapseAlarm(warmup), StarvationAlarm()]
+        if recipe.distill is None or recipe.distill.mode == "heads":
+            heads = recipe.heads
+            ibot = heads.dino_prototypes if heads.shared else heads.ibot_prototypes
+            for term, prototypes in (("dino", heads.dino_prototypes), ("ibot", ibot)):
+                self._alarms.append(ChanceAlarm(term, prototypes, warmup))
+
+    def update(self, values: Values) -> list[str]:
+        """What rings at this step."""
+        return [said for alarm in self._alarms if (said := alarm.update(values)) is not None]
 
 
 @dataclass
 class CollapseAlarm:
-    """Rings once when the class tokens of different tiles have become one.
+    """Rings when the class tokens of different tiles have become one.
 
     New networks map all tiles to nearly one token, so the alarm is armed when the tokens have once been apart, or when
     the learning rate is past its warm-up.
@@ -21,20 +65,75 @@ class CollapseAlarm:
     _armed: bool = False
     _steps: int = 0
 
-    def update(self, images_seen: int, mean_cosine: float) -> str | None:
-        """A sentence for the log at the step at which the alarm rings, None otherwise.
-
-        Args:
-            images_seen: After the step.
-            mean_cosine: Between class tokens of different tiles.
-        """
-        high = mean_cosine > COLLAPSED_COSINE
-        self._armed |= not high or images_seen > self.warmup_images
+    def update(self, values: Values) -> str | None:
+        """See `Alarm`."""
+        cosine = values["health/mean_cosine"]
+        high = cosine > COLLAPSED_COSINE
+        self._armed |= not high or values["progress/images_seen"] > self.warmup_images
         self._steps = self._steps + 1 if high and self._armed else 0
-        if self._steps != PATIENCE_STEPS:
+        if self._steps != COLLAPSE_STEPS:
             return None
         return (
             f"the model collapses: the class tokens of different tiles have had a mean cosine above {COLLAPSED_COSINE} "
-            f"for {PATIENCE_STEPS} steps (now {mean_cosine:.4f}); start another run with a higher loss.kde_weight, a "
+            f"for {COLLAPSE_STEPS} steps (now {cosine:.4f}); start another run with a higher loss.kde_weight, a "
             "lower optim.lr or a lower loss.teacher_temperature"
+        )
+
+
+@dataclass
+class ChanceAlarm:
+    """Rings when the student tells the teacher's prototypes no better than chance, whose cross-entropy is ln K.
+
+    Attributes:
+        term: Of the loss.
+        prototypes: K.
+        warmup_images: Of the recipe; before, the alarm is armed only by a student that has been better.
+    """
+
+    term: str
+    prototypes: int
+    warmup_images: int
+    _armed: bool = False
+    _last: deque[float] = field(default_factory=lambda: deque(maxlen=CHANCE_STEPS))
+    _rung: bool = False
+
+    def update(self, values: Values) -> str | None:
+        """See `Alarm`."""
+        self._last.append(values[f"loss/{self.term}"])
+        if len(self._last) < CHANCE_STEPS:
+            return None
+        mean = sum(self._last) / CHANCE_STEPS
+        chance = math.log(self.prototypes)
+        high = mean > CHANCE_SHARE * chance
+        self._armed |= not high or values["progress/images_seen"] > self.warmup_images
+        rings = high and self._armed and not self._rung
+        self._rung = high and (self._rung or rings)
+        if not rings:
+            return None
+        return (
+            f"the run diverges: over {CHANCE_STEPS} steps the student has told the teacher's prototypes no better than "
+            f"by chance (loss/{self.term} {mean:.3f}, chance is {chance:.3f}); fork from a checkpoint before this with "
+            "a lower optim.lr, or a longer optim.warmup_images"
+        )
+
+
+@dataclass
+class StarvationAlarm:
+    """Rings when training waits for tiles."""
+
+    _last: deque[float] = field(default_factory=lambda: deque(maxlen=STARVED_STEPS))
+    _rung: bool = False
+
+    def update(self, values: Values) -> str | None:
+        """See `Alarm`."""
+        self._last.append(values["time/wait_share"])
+        share = sum(self._last) / STARVED_STEPS
+        high = len(self._last) == STARVED_STEPS and share > STARVED_SHARE
+        rings = high and not self._rung
+        self._rung = high
+        if not rings:
+            return None
+        return (
+            f"training starves: {share:.0%} of the time of the last {STARVED_STEPS} steps went into waiting for tiles; "
+            "raise cluster.readers, add CPUs for them, or set cluster.tile_cache_gb"
         )
