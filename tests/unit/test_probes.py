@@ -90,7 +90,7 @@ def test_linear_probe_finds_a_direction_of_small_scale() -> None:
 
 
 def test_linear_probe_takes_the_strength_of_the_lowest_validation_loss() -> None:
-    features, labels = clusters(per_class=30, width=60, distance=0.3)
+    features, labels = clusters(per_class=30, width=60, distance=0.15)
     split, probe = of(features, labels), Linear()
     scaler = StandardScaler().fit(features[split.fit])
     losses = {}
@@ -103,6 +103,9 @@ def test_linear_probe_takes_the_strength_of_the_lowest_validation_loss() -> None
     best = min(losses, key=lambda strength: losses[strength])
     assert probe.inverse_strengths[0] < best < probe.inverse_strengths[-1]  # the choice matters here
     assert probe.choose(features, labels, split) == best
+    best_and_two = probe.inverse_strengths[: probe.inverse_strengths.index(best) + 3]
+    never_fitted = (*best_and_two, -1.0)  # scikit-learn takes no such strength
+    assert replace(probe, inverse_strengths=never_fitted).choose(features, labels, split) == best
 
     final = StandardScaler().fit(features[split.train])
     alone = LogisticRegression(C=best, tol=1e-6, max_iter=5000)
