@@ -263,6 +263,13 @@ def test_the_best_step_is_that_of_the_highest_knn_accuracy_on_the_first_dataset(
     assert [best_after(20, 0.6), best_after(40, 0.7), best_after(60, 0.65), best_after(80, 0.7)] == [20, 40, 40, 80]
     assert best_after(100, 0.9, "another") == 80
     assert best_after(100, 0.9, embedding=CLS) == 80
+    content = json.loads(store.get(BEST_KEY))
+    del content["embedding"]
+    store.put(BEST_KEY, json.dumps(content).encode())
+    assert best_after(110, 0.9, embedding=CLS) == 80
+    assert best_after(120, 0.9) == 120
+    store.put(BEST_KEY, b'{"step": 40}')
+    assert best_after(140, 0.95) == 40
 
 
 def test_report_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,19 @@ def test_resamples_do_not_depend_on_how_many_are_taken_at_once(monkeypatch: pyte
     assert permutation_p(labels, units, told, other, 30) == pytest.approx(p_values)
 
 
+def test_draws_of_a_split_are_resampled_within_it() -> None:
+    # No tile matters, for each part is right or wrong throughout: what varies is which draws are drawn.
+    labels = np.arange(40) % 2
+    right, wrong = (answers(np.full(40, value))[0] for value in (1, 0))
+    told = (right, right, wrong, wrong, *[right] * 4)  # two splits of four draws
+    samples = bootstrap(labels, np.arange(40), told, 4000, draws=4)["accuracy"]
+    assert set(np.round(samples * 8).astype(int)) == {4, 5, 6, 7, 8}
+    assert float(samples.mean()) == pytest.approx(6 / 8, abs=0.01)
+    assert float(samples.std()) == pytest.approx(np.sqrt(4 * 0.25) / 8, rel=0.05)  # a binomial of four
+    fixed = bootstrap(labels, np.arange(40), told, 50)["accuracy"]
+    assert float(fixed.std()) < 1e-12
+
+
 def test_metrics_of_a_resample_without_a_class_leave_the_class_out() -> None:
     table = np.array([[[4.0, 1.0, 0.0], [0.0, 0.0, 0.0], [2.0, 0.0, 3.0]]])
     labels, told = np.repeat([0, 0, 2, 2], [4, 1, 2, 3]), np.repeat([0, 1, 0, 2], [4, 1, 2, 3])

@@ -110,7 +110,8 @@ def assess(features: Mapping[str, FloatArray], truth: Truth, plan: EvaluationPla
         answers = {}
         for kind, rows in kinds.items():
             told = probe_features(PROBES[probe], rows, truth.labels, splits)
-            answers[kind] = _Answers(told, values_of(truth.labels, told), bootstrap(truth.labels, units, told))
+            samples = bootstrap(truth.labels, units, told, draws=PROBES[probe].draws)
+            answers[kind] = _Answers(told, values_of(truth.labels, told), samples)
             figures += _figures(*kind, probe, answers[kind])
         for embedding in plan.embeddings:
             gains += _gains(probe, embedding, answers, truth.labels, units)

@@ -3,10 +3,10 @@
 One resample draws as many units (groups; tiles where none are known) as there are, with replacement, and weighs every
 test tile of every split by how often its unit was drawn. So tiles of one patient come and go together, and a tile that
 several splits test counts alike in all of them. All models are resampled alike: the difference of two of them is that
-of their samples. Intervals hold for these probes as fitted: how another training part would change them, the values
-of the single splits show.
+of their samples. Of a probe that is fitted on several draws of each split, the draws are resampled as well. Else
+intervals hold for these probes as fitted: how another training part would change them, the values of the splits show.
 
-Shape suffixes: R resamples, U units, C classes.
+Shape suffixes: R resamples, U units, C classes, T test parts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,7 +51,9 @@ def values_of(labels: Labels, told: Sequence[Told]) -> dict[str, tuple[float, ..
     return {metric: tuple(values[metric] for values in measured) for metric in METRICS}
 
 
-def bootstrap(labels: Labels, units: Units, told: Sequence[Told], resamples: int = RESAMPLES, seed: int = 0) -> Samples:
+def bootstrap(
+    labels: Labels, units: Units, told: Sequence[Told], resamples: int = RESAMPLES, seed: int = 0, draws: int = 1
+) -> Samples:
     """The mean of each metric over the test parts, in every resample: metric -> [R].
 
     Args:
@@ -60,20 +62,25 @@ def bootstrap(labels: Labels, units: Units, told: Sequence[Told], resamples: int
         told: What one probe tells of each test part.
         resamples: How many.
         seed: The same one draws the same resamples, whatever is measured.
+        draws: How many of `told`, one after the other, are of one split and differ in the draw that was fitted.
     """
     count = int(units.max()) + 1
     tables = [confusions(labels[part.rows], part.scores, units[part.rows], count) for part in told]
     widest = max(count, *(max(len(part.rows), table.shape[1]) for part, table in zip(told, tables, strict=True)))
     pieces: dict[str, list[NDArray[np.float64]]] = {metric: [] for metric in METRICS}
     tested = np.unique(units[np.concatenate([part.rows for part in told])])
+    shares_RT = _shares(len(told), draws, resamples, seed)
+    start = 0
     for weights_RU in _weights(tested, count, resamples, seed, max(1, _CHUNK_ELEMENTS // widest)):
         for metric in METRICS:
             pieces[metric].append(np.zeros(len(weights_RU)))
-        for part, table in zip(told, tables, strict=True):
+        shares = shares_RT[start : start + len(weights_RU)]
+        start += len(weights_RU)
+        for number, (part, table) in enumerate(zip(told, tables, strict=True)):
             sampled = of_confusions(_tables(weights_RU, table, part.scores.shape[1]))
             sampled[AUROC] = weighted_auroc(labels[part.rows], part.scores, weights_RU[:, units[part.rows]])
             for metric in METRICS:
-                pieces[metric][-1] += sampled[metric] / len(told)
+                pieces[metric][-1] += sampled[metric] * shares[:, number]
     return {metric: np.concatenate(parts) for metric, parts in pieces.items()}
 
 
@@ -139,6 +146,16 @@ def _weights(tested: Units, count: int, resamples: int, seed: int, chunk: int) -
         drawn = tested[(uniforms(draw_key, numbers, len(tested)) * len(tested)).astype(np.int64)]
         codes = (np.arange(len(numbers))[:, None] * count + drawn).ravel()
         yield np.bincount(codes, minlength=len(numbers) * count).reshape(len(numbers), count).astype(np.float64)
+
+
+def _shares(parts: int, draws: int, resamples: int, seed: int) -> NDArray[np.float64]:
+    """What each test part adds to the mean: [R, T]; within a split, as many draws are drawn as there are."""
+    splits = parts // draws
+    numbers = np.arange(resamples, dtype=np.int64)
+    uniform_RT = uniforms(key(seed, "draws"), numbers, parts)
+    drawn_RT = (uniform_RT * draws).astype(np.int64) + np.repeat(np.arange(splits), draws) * draws
+    codes = (numbers[:, None] * parts + drawn_RT).ravel()
+    return np.bincount(codes, minlength=resamples * parts).reshape(resamples, parts) / parts
 
 
 def _tables(weights_RU: NDArray[np.float64], table: object, classes: int) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from histoscale.evaluate.assess import EvaluationPlan, Truth, assess
 from histoscale.evaluate.backbone import initial_backbone, trained_backbone
 from histoscale.evaluate.baselines import colour_statistics
 from histoscale.evaluate.dataset import open_dataset
-from histoscale.evaluate.embed import Embedder
+from histoscale.evaluate.embed import BOTH, Embedder
 from histoscale.evaluate.features import Extractor, extract
 from histoscale.evaluate.figures import COLOUR, PRETRAINED, UNTRAINED, Figure, Gain, Robustness, find_figure
 from histoscale.evaluate.metrics import BALANCED_ACCURACY
@@ -145,11 +145,18 @@ def note_best(run_store: Store, report: EvaluationReport) -> None:
     if JUDGE not in report.probes:
         return
     figure = report.figure(PRETRAINED, JUDGE)
-    judged = {"dataset_hash": report.dataset_hash, "embedding": figure.embedding}
+    judge = (report.dataset_hash, figure.embedding)
     best = read_best(run_store)
-    if best and (any(best.get(name) != value for name, value in judged.items()) or best["score"] > figure.mean):
+    # One that names no embedding was found with both parts of it.
+    if best and ((best.get("dataset_hash"), best.get("embedding", BOTH)) != judge or best["score"] > figure.mean):
         return
-    best = {"step": report.step, "score": figure.mean, "dataset": report.dataset, **judged}
+    best = {
+        "step": report.step,
+        "score": figure.mean,
+        "dataset": report.dataset,
+        "dataset_hash": report.dataset_hash,
+        "embedding": figure.embedding,
+    }
     run_store.put(BEST_KEY, json.dumps(best).encode())
 
 
