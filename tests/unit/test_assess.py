@@ -154,7 +154,7 @@ def test_the_datasets_own_split_has_one_value_and_a_leak_is_refused() -> None:
 def test_options_are_read_and_bad_ones_refused() -> None:
     assert EvaluationPlan.parse("knn,ridge", "cls,both", 5) == EvaluationPlan(("knn", "ridge"), ("cls", "both"), 5)
     assert EvaluationPlan.parse("knn,linear", "both", 3) == EvaluationPlan()
-    for probes, embeddings, words in (("svm", "both", "no probe"), ("knn", "clss", r"Did you mean cls\.")):
+    for probes, embeddings, words in (("svm", "both", "no probe"), ("knn", "clss", r"Use cls\.")):
         with pytest.raises(RecipeError, match=words):
             EvaluationPlan.parse(probes, embeddings, 3)
     for seeds in (0, 101):

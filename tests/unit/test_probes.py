@@ -241,7 +241,7 @@ def test_names_say_what_the_probes_do() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (("rigde",), r"no probe of this name \(got 'rigde'.*Did you mean ridge\."),
+        (("rigde",), r"no probe of this name \(got 'rigde'.*Use ridge\."),
         (("xyz",), r"Choose from these\."),
         (("knn", "knn"), "each probe is named once"),
         ((), "each probe is named once"),

@@ -153,7 +153,7 @@ def require_known(what: str, given: Sequence[str], known: Sequence[str]) -> None
                 f"there is no {what} of this name",
                 value=name,
                 expected=", ".join(known),
-                remedy=f"did you mean {near[0]}" if near else "choose from these",
+                remedy=f"use {near[0]}" if near else "choose from these",
             )
     if not given or len(set(given)) < len(given):
         raise RecipeError(
