@@ -52,7 +52,7 @@ def test_checkpoints_are_evaluated_beside_the_run_though_one_evaluation_is_kille
     assert best["step"] in reports
     curves = EventAccumulator(str(run / "events" / "evaluation"))
     curves.Reload()
-    assert {scalar.step for scalar in curves.Scalars("evaluate/tiles/knn_balanced_accuracy")} == reports
+    assert {scalar.step for scalar in curves.Scalars("evaluate/tiles/both/knn_balanced_accuracy")} == reports
 
 
 def test_a_dataset_that_cannot_be_used_is_refused_before_the_run(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from histoscale.bench.quickstart import accuracy
-from histoscale.evaluate.probes import Figure as ProbeFigure
+from histoscale.evaluate.figures import Figure as ProbeFigure
 from histoscale.evaluate.report import EvaluationReport
 
 ROOT = Path(__file__).parents[2]
@@ -72,8 +72,10 @@ def test_a_gpu_that_is_not_there_is_refused(name: str) -> None:
 def test_the_accuracy_is_the_mean_over_the_seeds_beside_the_untrained_one() -> None:
     def report(pretrained: float) -> EvaluationReport:
         values = {"pretrained": pretrained, "untrained": 0.4, "colour statistics": 0.3}
-        figures = tuple(ProbeFigure(name, "knn", "balanced_accuracy", (v, v)) for name, v in values.items())
-        return EvaluationReport("tiles", "", "", 1, 1, {}, figures)
+        figures = tuple(
+            ProbeFigure(name, "both", "knn", "balanced_accuracy", (v, v), (v, v)) for name, v in values.items()
+        )
+        return EvaluationReport("tiles", "", "", 1, 1, {}, "", figures)
 
     figure = accuracy([report(0.5), report(0.7)], "knn")
     assert figure.value == pytest.approx(0.6)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from histoscale.checkpoint import reader
@@ -22,24 +21,14 @@ from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, DatasetError
 from histoscale.evaluate import backbone as backbone_module
 from histoscale.evaluate import report as report_module
+from histoscale.evaluate.assess import EvaluationPlan
 from histoscale.evaluate.backbone import initial_backbone, trained_backbone
 from histoscale.evaluate.baselines import colour_statistics
 from histoscale.evaluate.datasets import FileTiles, LabelledTiles, decode_tile, open_dataset
-from histoscale.evaluate.embed import Embedder
+from histoscale.evaluate.embed import BOTH, CLS, PATCH_MEAN, Embedder, of_kind
 from histoscale.evaluate.features import extract
-from histoscale.evaluate.probes import (
-    NEIGHBOURS,
-    SPLITS,
-    TEMPERATURE,
-    predict_knn,
-    predict_linear,
-    probe_features,
-    split,
-)
+from histoscale.evaluate.figures import COLOUR, PRETRAINED, UNTRAINED
 from histoscale.evaluate.report import (
-    COLOUR,
-    PRETRAINED,
-    UNTRAINED,
     EvaluationReport,
     decode,
     encode,
@@ -49,6 +38,7 @@ from histoscale.evaluate.report import (
 )
 from histoscale.storage import open_store
 
+PLAN = EvaluationPlan()
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -85,15 +75,6 @@ def two_classes(folder: Path, count: int = 6) -> Path:
         write_tile(folder / "blue" / f"{index}.png", (20, 20, 200))
         write_tile(folder / "red" / f"{index}.jpg", (200, 20, 20))
     return folder
-
-
-def clusters(
-    per_class: int, width: int, distance: float, seed: int = 0
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(3), per_class)
-    centres = rng.normal(size=(3, width)) * distance
-    return (centres[labels] + rng.normal(size=(len(labels), width))).astype(np.float32), labels
 
 
 def test_dataset_lists_classes_and_tiles_in_sorted_order(tmp_path: Path) -> None:
@@ -202,6 +183,9 @@ def test_embedding_is_class_token_and_mean_of_patches_of_the_normalised_image() 
     found = Embedder(backbone, 28, torch.device("cpu"))([tile, tile])
     assert found.shape == (2, 64)
     np.testing.assert_allclose(found[0], expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(of_kind(found, CLS)[1], tokens[0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(of_kind(found, PATCH_MEAN)[1], tokens[2:].mean(0).numpy(), atol=1e-5)
+    np.testing.assert_array_equal(of_kind(found, BOTH), found)
 
 
 def test_tiles_are_resized_without_aliasing_and_cut_to_a_square() -> None:
@@ -222,75 +206,14 @@ def test_tiles_are_resized_without_aliasing_and_cut_to_a_square() -> None:
     assert float((seen[0] * std).std(dim=(2, 3)).max()) < 0.02
 
 
-def test_split_divides_every_class_alike_and_follows_the_seed_only() -> None:
-    labels = np.repeat([0, 1, 2], [4, 10, 100])
-    train, test = split(labels, 0)
-    assert sorted([*train, *test]) == list(range(114))
-    assert np.bincount(labels[test]).tolist() == [1, 3, 30]
-    np.testing.assert_array_equal(split(labels, 0)[1], test)
-    assert set(split(labels, 1)[1]) != set(test)
-
-
-def test_knn_equals_loops_over_every_pair() -> None:
-    features, labels = clusters(per_class=25, width=6, distance=0.4)
-    train, test = split(labels, 0)
-    center = features[train].mean(axis=0)
-    expected = []
-    for row in test:
-        votes: dict[int, float] = {}
-        query = features[row] - center
-        scored = []
-        for other in train:
-            neighbour = features[other] - center
-            cosine = float(query @ neighbour) / float(np.linalg.norm(query) * np.linalg.norm(neighbour))
-            scored.append((cosine, int(labels[other])))
-        for cosine, label in sorted(scored, reverse=True)[:NEIGHBOURS]:
-            votes[label] = votes.get(label, 0.0) + np.exp(cosine / TEMPERATURE)
-        expected.append(max(votes, key=lambda label: votes[label]))
-    found = predict_knn(features[train], labels[train], features[test])
-    assert found.tolist() == expected
-    assert 0.4 < float((found == labels[test]).mean()) < 1.0  # a case with mistakes, so that the votes matter
-
-
-def test_knn_does_with_fewer_rows_than_neighbours_and_with_a_shared_direction() -> None:
-    features, labels = clusters(per_class=5, width=8, distance=5.0)
-    predicted = predict_knn(features + 1000.0, labels, features + 1000.0)
-    assert predicted.tolist() == labels.tolist()
-
-
-def test_linear_probe_finds_a_direction_of_small_scale() -> None:
-    rng = np.random.default_rng(0)
-    labels = np.tile([0, 1], 100)
-    features = rng.normal(size=(200, 4)).astype(np.float32) * 100.0
-    features[:, 2] = (labels - 0.5) * 1e-3 + rng.normal(size=200) * 1e-4
-    assert (predict_linear(features[:100], labels[:100], features[100:]) == labels[100:]).mean() > 0.95
-
-
-def test_probes_are_perfect_on_clear_clusters_and_at_chance_on_noise() -> None:
-    features, labels = clusters(per_class=40, width=16, distance=4.0)
-    for figure in probe_features("clear", features, labels):
-        assert figure.values == pytest.approx([1.0] * SPLITS)
-        assert figure.std == 0.0
-    noise = np.random.default_rng(1).normal(size=features.shape).astype(np.float32)
-    for figure in probe_features("noise", noise, labels):
-        assert figure.mean == pytest.approx(1 / 3, abs=0.17)
-
-
-def test_metrics_of_an_unbalanced_case_are_those_of_the_definition() -> None:
-    labels = np.repeat([0, 1], [100, 10])
-    blind = np.zeros((110, 3), dtype=np.float32)  # nothing to learn from: always the larger class
-    figures = {(figure.probe, figure.metric): figure for figure in probe_features("blind", blind, labels)}
-    assert figures["linear", "balanced_accuracy"].values == (0.5, 0.5, 0.5)
-    precision, recall = 30 / 33, 1.0
-    f1 = 2 * precision * recall / (precision + recall)
-    assert figures["linear", "weighted_f1"].mean == pytest.approx(f1 * 30 / 33)
-
-
-def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int = 7) -> EvaluationReport:
+def evaluated(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: int = 7, plan: EvaluationPlan = PLAN
+) -> EvaluationReport:
     recipe = tiny_recipe()
     backbone = initial_backbone(recipe)
     monkeypatch.setattr(report_module, "trained_backbone", lambda store, recipe: (backbone, commit_of(recipe, step)))
-    return evaluate_run(open_store(folder / "run"), recipe, str(two_classes(folder / "tiles", 10)), torch.device("cpu"))
+    tiles = str(two_classes(folder / "tiles", 10))
+    return evaluate_run(open_store(folder / "run"), recipe, tiles, torch.device("cpu"), plan)
 
 
 def test_evaluation_is_written_into_the_run_and_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,8 +229,35 @@ def test_evaluation_is_written_into_the_run_and_reads_back(tmp_path: Path, monke
     assert report.figure(PRETRAINED, "knn").values == report.figure(UNTRAINED, "knn").values
     assert report.figure(COLOUR, "linear").mean == 1.0
     table = report.table()
-    for words in ("20 tiles in 2 classes, chance 50.0%", "step 7", "kNN (k=20)", "linear probe", "100.0 +- 0.0 %"):
+    for words in ("20 tiles in 2 classes, chance 50.0%", "step 7", "kNN (k=20)", "linear", "100.0 [100.0, 100.0]"):
         assert words in table
+    assert max(map(len, table.splitlines())) <= 100
+
+
+def test_report_holds_what_was_asked_for_and_says_how_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = EvaluationPlan(("few_shot_4", "ridge"), (CLS, BOTH), 2)
+    report = evaluated(tmp_path, monkeypatch, plan=plan)
+    content = json.loads((tmp_path / "run" / report.key).read_text())
+    assert content["protocol"].keys() == {"few_shot_4", "ridge"}
+    assert "4 training tiles per class" in content["protocol"]["few_shot_4"]
+    asked = {(item["features"], item["embedding"], item["probe"]) for item in content["figures"]}
+    assert asked == {
+        (features, embedding, probe)
+        for features, kinds in ((PRETRAINED, (CLS, BOTH)), (UNTRAINED, (CLS, BOTH)), (COLOUR, ("",)))
+        for embedding in kinds
+        for probe in ("few_shot_4", "ridge")
+    }
+    assert len(report.figure(PRETRAINED, "few_shot_4", embedding=CLS).values) == 2 * 10
+    assert len(report.figure(PRETRAINED, "ridge", "auroc", BOTH).values) == 2
+    assert {(gain.baseline, gain.embedding) for gain in report.gains} == {
+        (baseline, embedding) for baseline in (UNTRAINED, COLOUR) for embedding in (CLS, BOTH)
+    }
+    assert "embedding cls: class token\n" in report.table()
+    assert not (tmp_path / "run" / BEST_KEY).exists()  # without kNN there is no judge
+    with pytest.raises(LookupError, match="no balanced_accuracy of knn"):
+        report.figure(PRETRAINED, "knn")
 
 
 def test_the_best_step_is_that_of_the_highest_knn_accuracy_on_the_first_dataset(
@@ -315,18 +265,26 @@ def test_the_best_step_is_that_of_the_highest_knn_accuracy_on_the_first_dataset(
 ) -> None:
     report, store = evaluated(tmp_path, monkeypatch), open_store(tmp_path / "other")
 
-    def best_after(step: int, score: float, dataset_hash: str = "one") -> int:
-        knn = replace(report.figure(PRETRAINED, "knn"), values=(score,))
+    def best_after(step: int, score: float, dataset_hash: str = "one", embedding: str = BOTH) -> int:
+        knn = replace(report.figure(PRETRAINED, "knn"), values=(score,), embedding=embedding)
         note_best(store, replace(report, step=step, dataset_hash=dataset_hash, figures=(knn,)))
         return int(json.loads(store.get(BEST_KEY))["step"])
 
     assert json.loads(open_store(tmp_path / "run").get(BEST_KEY))["step"] == report.step
     assert [best_after(20, 0.6), best_after(40, 0.7), best_after(60, 0.65), best_after(80, 0.7)] == [20, 40, 40, 80]
     assert best_after(100, 0.9, "another") == 80
+    assert best_after(100, 0.9, embedding=CLS) == 80
+    content = json.loads(store.get(BEST_KEY))
+    del content["embedding"]
+    store.put(BEST_KEY, json.dumps(content).encode())
+    assert best_after(110, 0.9, embedding=CLS) == 80
+    assert best_after(120, 0.9) == 120
+    store.put(BEST_KEY, b'{"step": 40}')
+    assert best_after(140, 0.95) == 40
 
 
 def test_report_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encode(evaluated(tmp_path, monkeypatch)).replace(b'"format": 1', b'"format": 2')
+    data = encode(evaluated(tmp_path, monkeypatch)).replace(b'"format": 2', b'"format": 1')
     with pytest.raises(DatasetError, match="another version"):
         decode(data)
 

@@ -10,8 +10,8 @@ from histoscale.cluster import quickstart
 from histoscale.cluster.quickstart import QuickstartRequest, run_quickstart
 from histoscale.cluster.quickstart_output import JobLines, Places, StepOutcome, render_report
 from histoscale.errors import ClusterError, RunError
-from histoscale.evaluate.probes import Figure
-from histoscale.evaluate.report import COLOUR, PRETRAINED, UNTRAINED, EvaluationReport, encode
+from histoscale.evaluate.figures import COLOUR, PRETRAINED, UNTRAINED, Figure
+from histoscale.evaluate.report import EvaluationReport, encode
 from histoscale.storage import open_store
 
 ROOT = Path(__file__).parents[2]
@@ -20,11 +20,11 @@ VALUES = {PRETRAINED: (0.9, 0.92, 0.94), UNTRAINED: (0.6, 0.6, 0.6), COLOUR: (0.
 
 def evaluation(dataset: str) -> EvaluationReport:
     figures = [
-        Figure(features, probe, "balanced_accuracy", values)
+        Figure(features, "both", probe, "balanced_accuracy", values, (0.0, 1.0))
         for features, values in VALUES.items()
         for probe in ("knn", "linear")
     ]
-    return EvaluationReport(dataset, "0" * 16, "f" * 16, 5, 160, {"a": 10, "b": 30}, tuple(figures))
+    return EvaluationReport(dataset, "0" * 16, "f" * 16, 5, 160, {"a": 10, "b": 30}, "3 splits", tuple(figures))
 
 
 class FakeHead:

@@ -31,8 +31,10 @@ from histoscale.evaluate.baselines import colour_statistics
 from histoscale.evaluate.datasets import Tile, decode_tile
 from histoscale.evaluate.embed import Embedder
 from histoscale.evaluate.features import BATCH_TILES, Extractor, FloatArray
-from histoscale.evaluate.probes import PROBES, Labels, predict_knn, predict_linear
-from histoscale.evaluate.report import COLOUR, PRETRAINED, UNTRAINED
+from histoscale.evaluate.figures import BASELINES, COLOUR, PRETRAINED, UNTRAINED
+from histoscale.evaluate.linear import logistic_scores
+from histoscale.evaluate.probes import knn_scores
+from histoscale.evaluate.splits import Labels
 from histoscale.models import VisionTransformer
 from histoscale.seeding import key, permute_many, subkeys, uniforms
 from histoscale.slides.openslide_reader import open_slide
@@ -69,7 +71,7 @@ SLIDES = (
 """Files and um/px of level 0: of the third it is known, of the sections told by the pitch of their spots, and of the
 last by the size of its lymphocytes."""
 
-BASELINES = (UNTRAINED, COLOUR)
+PROBES = {"knn": knn_scores, "linear": logistic_scores}
 FOLDS = 5
 _ATTEMPTS = 20  # places that are tried for each region
 _FOLDINGS = 3
@@ -327,8 +329,8 @@ def outcomes(features: FloatArray, labels: Labels, seed: int) -> dict[str, Outco
         fold = folds(labels, key(seed, "folds", folding))
         for number in range(FOLDS):
             test = fold == number
-            for probe, predict in zip(PROBES, (predict_knn, predict_linear), strict=True):
-                predicted = predict(features[~test], labels[~test], features[test])
+            for probe, scores in PROBES.items():
+                predicted = scores(features[~test], labels[~test], features[test]).argmax(axis=1)
                 told[probe][test] += (predicted == labels[test]) / _FOLDINGS
     return told
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from histoscale.bench.figure import Figure
-from histoscale.evaluate.report import COLOUR, PRETRAINED, UNTRAINED, EvaluationReport, latest_report
+from histoscale.evaluate.figures import COLOUR, PRETRAINED, UNTRAINED
+from histoscale.evaluate.report import EvaluationReport, latest_report
 from histoscale.storage import open_store
 
 SEEDS = (0, 1, 2)

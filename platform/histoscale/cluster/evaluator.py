@@ -15,6 +15,7 @@ from histoscale.cluster.evaluations import DatasetWatch, Evaluated, Evaluation, 
 from histoscale.cluster.failures import diagnosis_in
 from histoscale.config.recipe import Recipe
 from histoscale.errors import StorageError
+from histoscale.evaluate.assess import EvaluationPlan
 from histoscale.evaluate.report import evaluate_run, latest_step
 from histoscale.observe.evaluation_events import write_evaluation
 from histoscale.storage import open_store
@@ -119,6 +120,8 @@ def _evaluate(run_uri: str, recipe: Recipe, dataset_uri: str) -> Evaluated:
     """On the node of the task."""
     torch.set_num_threads(recipe.evaluation.cpus)
     store = open_store(run_uri)
-    report = evaluate_run(store, recipe, dataset_uri, torch.device("cuda" if recipe.evaluation.gpus else "cpu"))
+    report = evaluate_run(
+        store, recipe, dataset_uri, torch.device("cuda" if recipe.evaluation.gpus else "cpu"), EvaluationPlan()
+    )
     write_evaluation(store, report.step, report.scalars())
     return Evaluated(report.step, report.headline())

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from histoscale.evaluate.report import COLOUR, PRETRAINED, UNTRAINED, EvaluationReport, percent
+from histoscale.evaluate.figures import COLOUR, PRETRAINED, UNTRAINED
+from histoscale.evaluate.report import EvaluationReport
+from histoscale.evaluate.table import percent
 
 _INDENT = "      "
 # Ray's CLI, its loggers and its C++ core; what they report as an error stays visible, the core's chatter apart.
@@ -130,8 +132,10 @@ def _accuracy(evaluation: EvaluationReport | None) -> list[str]:
         return ["Evaluation skipped: give labelled tiles with --dataset DIR (one folder per class)."]
     rows = [(PRETRAINED, "after pretraining"), (UNTRAINED, "the same network untrained"), (COLOUR, "colour statistics")]
     tiles, classes = sum(evaluation.counts.values()), len(evaluation.counts)
+    splits = len(evaluation.figure(PRETRAINED, "knn").values)
+    spread = f"mean +- std, {splits} split{'s' if splits > 1 else ''}"
     return [
-        f"| kNN accuracy, {tiles} tiles in {classes} classes (chance {1.0 / classes:.1%}) | mean +- std, 3 splits |",
+        f"| kNN accuracy, {tiles} tiles in {classes} classes (chance {1.0 / classes:.1%}) | {spread} |",
         "|---|---|",
         *(f"| {title} | {percent(evaluation.figure(features, 'knn'))} |" for features, title in rows),
     ]

@@ -1,5 +1,7 @@
 """The embedding of a tile: class token, followed by the mean of the patch tokens (as Virchow2's model card has it).
 
+One forward pass gives both; either of them alone is a part of the embedding.
+
 Shape suffixes: B tiles, T tokens, D width of the backbone.
 """
 
@@ -13,6 +15,22 @@ from histoscale.augment.colour import normalise
 from histoscale.evaluate.datasets import Tile
 from histoscale.evaluate.features import FloatArray
 from histoscale.models import VisionTransformer
+
+CLS = "cls"
+PATCH_MEAN = "patch_mean"
+BOTH = "both"
+EMBEDDINGS = (CLS, PATCH_MEAN, BOTH)
+
+
+def of_kind(embeddings: FloatArray, kind: str) -> FloatArray:
+    """The class tokens, the means of the patch tokens, or both: float32 [B, D] or [B, 2D].
+
+    Args:
+        embeddings: Both, float32 [B, 2D], as an `Embedder` gives them.
+        kind: One of `EMBEDDINGS`.
+    """
+    width = embeddings.shape[1] // 2
+    return {CLS: embeddings[:, :width], PATCH_MEAN: embeddings[:, width:], BOTH: embeddings}[kind]
 
 
 class Embedder:

@@ -1,7 +1,9 @@
 """From a run and a labelled dataset to a report in the run folder, and its table for people."""
 
 import json
+import textwrap
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -9,28 +11,22 @@ from histoscale.checkpoint.retention import BEST_KEY, read_best
 from histoscale.config.decode import fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.errors import DatasetError
+from histoscale.evaluate.assess import EvaluationPlan, Truth, assess
 from histoscale.evaluate.backbone import initial_backbone, trained_backbone
 from histoscale.evaluate.baselines import colour_statistics
-from histoscale.evaluate.datasets import open_dataset
-from histoscale.evaluate.embed import Embedder
+from histoscale.evaluate.datasets import AUTO, open_dataset
+from histoscale.evaluate.embed import BOTH, Embedder
 from histoscale.evaluate.features import Extractor, extract
-from histoscale.evaluate.probes import NEIGHBOURS, PROBES, SPLITS, TEMPERATURE, TEST_SHARE, Figure, probe_features
+from histoscale.evaluate.figures import COLOUR, PRETRAINED, UNTRAINED, Figure, Gain, Robustness, find_figure
+from histoscale.evaluate.metrics import BALANCED_ACCURACY
+from histoscale.evaluate.probes import PROBES
+from histoscale.evaluate.table import WIDTH, figures_table, robustness_table
 from histoscale.storage import Store
 
-FORMAT_VERSION = 1
-PRETRAINED = "pretrained"
-UNTRAINED = "untrained"
-COLOUR = "colour statistics"
+FORMAT_VERSION = 2
 FOLDER = "evaluations"
-
-_PROTOCOL = {
-    "embedding": "class token ++ mean of patch tokens, EMA teacher",
-    "splits": SPLITS,
-    "test_share": TEST_SHARE,
-    "knn": f"{NEIGHBOURS} neighbours, cosine of centred features, votes exp(cosine / {TEMPERATURE})",
-    "linear": "logistic regression on z-scored features",
-}
-_TITLES = {"knn": f"kNN (k={NEIGHBOURS})", "linear": "linear probe"}
+JUDGE = "knn"
+"""The probe whose accuracy names the best step: it fits nothing, so it follows the embedding alone."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,11 @@ class EvaluationReport:
         step: Optimiser steps of the checkpoint.
         images_seen: Tiles that entered them.
         counts: Tiles of each class.
+        division: How the tiles were divided, and over what intervals are.
         figures: Every metric of every probe on every kind of feature.
+        gains: Of the pretrained network over the baselines.
+        robustness: Against the center, where centers are known.
+        notes: What could not be measured, or is not to be trusted, and why.
     """
 
     dataset: str
@@ -53,7 +53,11 @@ class EvaluationReport:
     step: int
     images_seen: int
     counts: dict[str, int]
+    division: str
     figures: tuple[Figure, ...]
+    gains: tuple[Gain, ...] = ()
+    robustness: tuple[Robustness, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -62,62 +66,80 @@ class EvaluationReport:
 
     def scalars(self) -> dict[str, float]:
         """Tags and figures of the pretrained network for TensorBoard."""
-        return {
-            f"evaluate/{self.dataset}/{figure.probe}_{figure.metric}": figure.mean
+        values = {
+            f"evaluate/{self.dataset}/{figure.embedding}/{figure.probe}_{figure.metric}": figure.mean
             for figure in self.figures
             if figure.features == PRETRAINED
         }
+        for each in self.robustness:
+            if each.features == PRETRAINED:
+                values[f"evaluate/{self.dataset}/{each.embedding}/robustness_index"] = each.index
+                values[f"evaluate/{self.dataset}/{each.embedding}/center_accuracy"] = each.center_accuracy
+        return values
 
     def headline(self) -> str:
-        """The pretrained network's figures, beside the untrained network's, as one line."""
+        """The pretrained network's accuracies, beside the untrained network's, as one line."""
         figures = [
-            f"{_TITLES[probe]} {percent(self.figure(PRETRAINED, probe))}"
-            f" (untrained {percent(self.figure(UNTRAINED, probe))})"
-            for probe in PROBES
+            f"{PROBES[probe].title} {self.figure(PRETRAINED, probe).mean:.1%}"
+            f" (untrained {self.figure(UNTRAINED, probe).mean:.1%})"
+            for probe in self.probes
         ]
         return f"{self.dataset}: balanced accuracy, {', '.join(figures)}"
 
-    def figure(self, features: str, probe: str, metric: str = "balanced_accuracy") -> Figure:
-        """One figure."""
-        return next(
-            figure
-            for figure in self.figures
-            if (figure.features, figure.probe, figure.metric) == (features, probe, metric)
-        )
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """Names of the probes, as they were asked for."""
+        return tuple(dict.fromkeys(figure.probe for figure in self.figures))
+
+    def figure(
+        self, features: str, probe: str, metric: str = BALANCED_ACCURACY, embedding: str | None = None
+    ) -> Figure:
+        """One figure; without `embedding`, that of the first kind that was measured.
+
+        Raises:
+            LookupError: It was not measured.
+        """
+        return find_figure(self.figures, features, probe, metric, embedding)
 
     def table(self) -> str:
-        """Balanced accuracies as text: a row per kind of feature, a column per probe."""
-        rows = [("", *(_TITLES[probe] for probe in PROBES))]
-        rows += [
-            (features, *(percent(self.figure(features, probe)) for probe in PROBES))
-            for features in (PRETRAINED, UNTRAINED, COLOUR)
-        ]
-        lines = [f"{name:<20}" + "".join(f"{cell:>18}" for cell in cells) for name, *cells in rows]
+        """Balanced accuracies, gains and robustness as text."""
         tiles, classes = sum(self.counts.values()), len(self.counts)
         return "\n".join(
             [
                 f"{self.dataset}: {tiles} tiles in {classes} classes, chance {1.0 / classes:.1%}; step {self.step}",
-                *lines,
-                f"balanced accuracy, mean +- standard deviation over {SPLITS} stratified splits",
+                *figures_table(self.figures, self.gains),
+                *robustness_table(self.robustness),
+                f"balanced accuracy and gains in percent, with 95 % intervals; {self.division}",
+                *(line for note in self.notes for line in textwrap.wrap(note, WIDTH)),
             ]
         )
 
 
-def percent(figure: Figure) -> str:
-    """A share as people read it: `93.1 +- 1.2 %`."""
-    return f"{100 * figure.mean:.1f} +- {100 * figure.std:.1f} %"
-
-
-def evaluate_run(run_store: Store, recipe: Recipe, dataset_uri: str, device: torch.device) -> EvaluationReport:
+def evaluate_run(
+    run_store: Store,
+    recipe: Recipe,
+    dataset_uri: str,
+    device: torch.device,
+    plan: EvaluationPlan,
+    layout: str = AUTO,
+) -> EvaluationReport:
     """Probe the newest checkpoint of a run on a labelled dataset, and write the report into the run folder.
 
     Where it is the best so far on its dataset, its checkpoint stays; see `note_best`.
 
+    Args:
+        run_store: The run folder.
+        recipe: Of the run.
+        dataset_uri: The dataset.
+        device: Where the networks look at it.
+        plan: What is measured.
+        layout: Of the dataset; see `open_dataset`.
+
     Raises:
-        DatasetError: The dataset is incomplete or holds tiles that cannot be read.
+        DatasetError: The dataset is incomplete, cannot be divided, or holds tiles that cannot be read.
         CheckpointError: The run has no usable checkpoint.
     """
-    dataset = open_dataset(dataset_uri)
+    dataset = open_dataset(dataset_uri, layout)
     trained, commit = trained_backbone(run_store, recipe)
     side_px = recipe.crops.global_px
     extractors: dict[str, Extractor] = {
@@ -126,9 +148,8 @@ def evaluate_run(run_store: Store, recipe: Recipe, dataset_uri: str, device: tor
         COLOUR: colour_statistics,
     }
     features = extract(dataset, extractors)
-    figures = [
-        figure for name, rows in features.by_name.items() for figure in probe_features(name, rows, dataset.labels)
-    ]
+    truth = Truth(dataset.classes, dataset.labels, dataset.groups, dataset.centers, dataset.parts)
+    found = assess(features.by_name, truth, plan)
     report = EvaluationReport(
         dataset=dataset.name,
         dataset_hash=features.content_hash,
@@ -136,7 +157,11 @@ def evaluate_run(run_store: Store, recipe: Recipe, dataset_uri: str, device: tor
         step=commit.step,
         images_seen=commit.images_seen,
         counts=dataset.counts(),
-        figures=tuple(figures),
+        division=found.division,
+        figures=found.figures,
+        gains=found.gains,
+        robustness=found.robustness,
+        notes=found.notes,
     )
     run_store.put(report.key, encode(report))
     note_best(run_store, report)
@@ -146,17 +171,27 @@ def evaluate_run(run_store: Store, recipe: Recipe, dataset_uri: str, device: tor
 def note_best(run_store: Store, report: EvaluationReport) -> None:
     """Name the step of a report as the run's best, unless an earlier one has a higher kNN accuracy.
 
-    Scores on two datasets cannot be compared, so the dataset that a run is first evaluated on stays the judge; a best
-    step that somebody has written by hand stays as well.
+    Scores on two datasets, or of two kinds of embedding, cannot be compared, so what a run is first evaluated on stays
+    the judge; a best step that somebody has written by hand stays as well. Without a kNN probe nothing is named.
 
     Raises:
         CheckpointError: `BEST_KEY` is damaged.
     """
-    score = report.figure(PRETRAINED, "knn").mean
-    best = read_best(run_store)
-    if best and (best.get("dataset_hash") != report.dataset_hash or best["score"] > score):
+    if JUDGE not in report.probes:
         return
-    best = {"step": report.step, "score": score, "dataset": report.dataset, "dataset_hash": report.dataset_hash}
+    figure = report.figure(PRETRAINED, JUDGE)
+    judge = (report.dataset_hash, figure.embedding)
+    best = read_best(run_store)
+    # One that names no embedding was found with both parts of it.
+    if best and ((best.get("dataset_hash"), best.get("embedding", BOTH)) != judge or best["score"] > figure.mean):
+        return
+    best = {
+        "step": report.step,
+        "score": figure.mean,
+        "dataset": report.dataset,
+        "dataset_hash": report.dataset_hash,
+        "embedding": figure.embedding,
+    }
     run_store.put(BEST_KEY, json.dumps(best).encode())
 
 
@@ -184,9 +219,13 @@ def latest_report(run_store: Store, dataset: str) -> EvaluationReport | None:
 
 
 def encode(report: EvaluationReport) -> bytes:
-    """A report as JSON, with means and deviations for those who read it by other means."""
-    figures = [asdict(figure) | {"mean": figure.mean, "std": figure.std} for figure in report.figures]
-    content = {"format": FORMAT_VERSION, **asdict(report), "protocol": _PROTOCOL, "figures": figures}
+    """A report as JSON, with means, deviations and protocols for those who read it by other means."""
+    content = {
+        "format": FORMAT_VERSION,
+        **asdict(report),
+        "figures": [asdict(figure) | {"mean": figure.mean, "std": figure.std} for figure in report.figures],
+        "protocol": {probe: PROBES[probe].protocol for probe in report.probes},
+    }
     return json.dumps(content, indent=1).encode()
 
 
@@ -204,7 +243,12 @@ def decode(data: bytes) -> EvaluationReport:
             remedy="evaluate the run again",
         )
     del values["protocol"]
-    figures = tuple(
-        Figure(item["features"], item["probe"], item["metric"], tuple(item["values"])) for item in values.pop("figures")
-    )
-    return EvaluationReport(**values, figures=figures)
+    for item in values["figures"]:
+        del item["mean"], item["std"]
+    for name, kind in (("figures", Figure), ("gains", Gain), ("robustness", Robustness)):
+        values[name] = tuple(kind(**_with_tuples(item)) for item in values[name])
+    return EvaluationReport(**values | {"notes": tuple(values["notes"])})
+
+
+def _with_tuples(item: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in item.items()}
