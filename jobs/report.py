@@ -32,9 +32,7 @@ def main() -> None:
         for line in slide_history(store, arguments.slide).lines():
             print(line)
         return
-    require_run(store)
-    commit = latest_commit(store)
-    uri, lines = write_report(store, commit.step if commit else 0)
+    uri, lines = write_report(store, require_run(store), latest_commit(store))
     for line in lines:
         print(line)
     print(f"report: {uri}")

@@ -9,8 +9,6 @@ import pytest
 
 from histoscale.errors import RunError, StorageError
 from histoscale.observe.goodput import Goodput, GoodputMeter, Phase, Restart, StepTimes, account
-from histoscale.observe.metrics import read_metrics
-from histoscale.observe.run_report import write_report
 from histoscale.observe.timeline import FOLDER, Event, Kind, Timeline, read_events, sessions, wall_before, write_event
 from histoscale.storage import open_store
 from histoscale.storage.local import LocalStore
@@ -190,35 +188,3 @@ def test_the_meter_goes_on_from_what_was_committed() -> None:
     line = json.loads('{"time/step_s": 10.0, "time/wait_s": 2.0, "time/stall_s": 3.0}')
     assert meter.add(line, now_s=17.0) == pytest.approx(65.0 / 110.0)
     assert meter.add(line, now_s=27.0) == pytest.approx(70.0 / 120.0)
-
-
-def test_the_report_says_where_the_time_went_and_escapes_what_it_did_not_write(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    for event in (
-        Event(Kind.START, 1_700_000_000.0, 0, 2),
-        Event(Kind.RESUME, 1_700_000_010.0, 0, 2),
-        Event(Kind.COMMIT, 1_700_000_030.0, 20, 2, stall_s=1.0),
-        Event(Kind.CRASH, 1_700_000_040.0, 29, 2, "<b>SIGKILL</b>"),
-        Event(Kind.RESUME, 1_700_000_050.0, 20, 2, restart_s=10.0, steps_redone=9),
-        Event(Kind.END, 1_700_000_100.0, 60, 2),
-    ):
-        write_event(store, event)
-    lines = [{"step": step, "time/step_s": 1.0, "time/wait_s": 0.0} for step in range(60)]
-    store.put("metrics.jsonl", "\n".join(map(json.dumps, [*lines, {"step": 60}])).encode() + b"\n{")
-    uri, text = write_report(store, 60)
-    assert uri == f"{tmp_path}/report.html"
-    assert text[0] == "60 committed steps, goodput 60.0%"
-    assert "  steps taken again           9.0 s    9.0%" in text
-    assert text[-1] == "  2023-11-14 22:14:10  at step 20, 2 workers, 10.0 s, 9 steps taken again: <b>SIGKILL</b>"
-    page = (tmp_path / "report.html").read_text()
-    assert "60.0%" in page
-    assert "&lt;b&gt;SIGKILL" in page
-    assert "<b>SIGKILL" not in page
-    assert page.count("<svg") == 1
-    assert [values["step"] for values in read_metrics(store, 3)] == [0, 1, 2]
-
-
-def test_a_run_without_a_timeline_is_reported_as_such(tmp_path: Path) -> None:
-    _, text = write_report(open_store(tmp_path), 7)
-    assert text == ["7 committed steps; the run has no timeline, so nothing is known of its time"]
-    assert "no timeline yet" in (tmp_path / "report.html").read_text()

@@ -18,6 +18,7 @@ from histoscale.errors import StorageError
 from histoscale.evaluate.assess import EvaluationPlan
 from histoscale.evaluate.report import evaluate_run, latest_step
 from histoscale.observe.evaluation_events import write_evaluation
+from histoscale.observe.run_report import write_report
 from histoscale.storage import open_store
 
 _POLL_S = 5.0
@@ -124,4 +125,5 @@ def _evaluate(run_uri: str, recipe: Recipe, dataset_uri: str) -> Evaluated:
         store, recipe, dataset_uri, torch.device("cuda" if recipe.evaluation.gpus else "cpu"), EvaluationPlan()
     )
     write_evaluation(store, report.step, report.scalars())
+    write_report(store, recipe, latest_commit(store))
     return Evaluated(report.step, report.headline())

@@ -1,11 +1,15 @@
-"""The report of a run: what became of its time, as lines and as a page that needs nothing else."""
+"""The report of a run: as lines what became of its time, and as a page that needs nothing else all there is to see."""
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from html import escape
 
+from histoscale.checkpoint.manifest import Commit
+from histoscale.config.recipe import Recipe
 from histoscale.observe.goodput import Goodput, Phase, Restart, StepTimes, account
 from histoscale.observe.metrics import read_metrics
+from histoscale.observe.report_curves import charts_of
+from histoscale.observe.report_sections import evaluations, how_to_go_on, quarantined, what_ran
 from histoscale.observe.timeline import Event, Kind, read_events
 from histoscale.slides.report_charts import page, table
 from histoscale.storage import Store, join
@@ -19,19 +23,35 @@ _COLOURS = {Phase.TRAINING: "#3f8f6b", Phase.STARTING: "#e0b040", Phase.RESTARTI
 _MARKED = {Kind.PREEMPTION_NOTICE: "#e0b040", Kind.PREEMPTION: "#c85a4a", Kind.CRASH: "#c85a4a", Kind.RESIZE: "#7a5ea8"}
 
 
-def write_report(store: Store, committed: int) -> tuple[str, list[str]]:
-    """Write `report.html` of a run; gives its URI, and the same in lines.
+def write_report(store: Store, recipe: Recipe, commit: Commit | None) -> tuple[str, list[str]]:
+    """Write `report.html` of a run; gives its URI, and what became of its time in lines.
 
     Args:
         store: The run folder.
-        committed: Steps of it that are committed.
+        recipe: Of the run.
+        commit: Its newest one.
 
     Raises:
         HistoscaleError: The timeline or the metrics cannot be read, or the report cannot be written.
     """
-    events = read_events(store)
-    goodput = account(events, StepTimes.of(read_metrics(store, committed)))
-    store.put(REPORT, render(store.uri, committed, events, goodput).encode())
+    committed = commit.step if commit else 0
+    events, metrics = read_events(store), list(read_metrics(store, committed))
+    goodput = account(events, StepTimes.of(metrics))
+    sections = [
+        *evaluations(store),
+        *charts_of(metrics),
+        *time_sections(events, goodput),
+        ("What ran", what_ran(store, recipe)),
+        ("Slides that were left out", quarantined(commit)),
+        ("How to go on", how_to_go_on(store, recipe, committed)),
+    ]
+    facts = [
+        ("committed steps", f"{committed:,} of {recipe.steps:,}"),
+        ("tiles seen", f"{committed * recipe.batch.tiles:,}"),
+        ("goodput", f"{goodput.share:.1%}"),
+        ("wall time", _duration(goodput.wall_s)),
+    ]
+    store.put(REPORT, page("Run", store.uri, facts, sections).encode())
     return join(store.uri, REPORT), list(describe(committed, goodput))
 
 
@@ -49,14 +69,8 @@ def describe(committed: int, goodput: Goodput) -> Iterator[str]:
         yield f"  {_clock(restart.time_s)}  at step {restart.step:,}, {_restart(restart)}: {restart.reason}"
 
 
-def render(uri: str, committed: int, events: Sequence[Event], goodput: Goodput) -> str:
-    """The page."""
-    facts = [
-        ("goodput", f"{goodput.share:.1%}"),
-        ("committed steps", f"{committed:,}"),
-        ("wall time", _duration(goodput.wall_s)),
-        ("restarts", f"{len(goodput.restarts):,}"),
-    ]
+def time_sections(events: Sequence[Event], goodput: Goodput) -> list[tuple[str, str]]:
+    """When what went on, where the time went, and every restart."""
     spent = [("useful steps", goodput.useful_s), *goodput.lost.items()]
     sections = [
         ("Timeline", timeline_picture(events, goodput)),
@@ -75,7 +89,7 @@ def render(uri: str, committed: int, events: Sequence[Event], goodput: Goodput) 
         rows = [(_clock(r.time_s), f"{r.step:,}", r.workers, r.reason, _redone(r), round(r.duration_s)) for r in shown]
         heads = ("ready (UTC)", "from step", "workers", "what ended the group before", "steps taken again", "seconds")
         sections.append((f"Restarts ({len(shown)} of {len(goodput.restarts)})", table(heads, rows)))
-    return page("Run", uri, facts, sections)
+    return sections
 
 
 def timeline_picture(events: Sequence[Event], goodput: Goodput) -> str:

@@ -21,6 +21,7 @@ td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabul
 .bar { height: 6px; border-radius: 3px; background: #7a5ea8; min-width: 2px }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px }
 figure { margin: 0; text-align: center } figure img { max-width: 100%; max-height: 192px; border: 1px solid #e3e6eb }
+pre { background: #f5f6f8; padding: 8px 10px; margin: 0 0 6px; white-space: pre-wrap }
 figcaption { color: #667085; font-size: 12px }
 """
 
