@@ -111,9 +111,9 @@ class ChanceAlarm:
         if not rings:
             return None
         return (
-            f"the student is at chance: over {CHANCE_STEPS} steps it has told the teacher's prototypes no better than a "
-            f"guess does (loss/{self.term} {mean:.3f}, a guess {chance:.3f}), so it does not learn, or what it learnt is "
-            "lost; fork from a checkpoint before this with a lower optim.lr, or a longer optim.warmup_images"
+            f"the student is at chance: over {CHANCE_STEPS} steps it has told the teacher's prototypes no better than "
+            f"a guess does (loss/{self.term} {mean:.3f}, a guess {chance:.3f}), so it does not learn, or what it "
+            "learnt is lost; fork from a checkpoint before this with a lower optim.lr, or a longer optim.warmup_images"
         )
 
 
