@@ -58,9 +58,9 @@ def train_worker(config: dict[str, WorkerSpec]) -> None:
 
 def _train(spec: WorkerSpec, rank: int, workers: int) -> None:
     torch.set_num_threads(spec.recipe.cluster.cpus_per_worker)
-    attempt = on_first_rank(lambda: secrets.token_hex(8))
-    pulse = Pulse(spec.control, attempt, rank)  # before the state is read: a worker may stand still there, too
+    pulse = Pulse(spec.control, rank)  # before anything that waits for others, or that may stand still itself
     try:
+        attempt = on_first_rank(lambda: secrets.token_hex(8))
         device = get_device() if spec.device == "cuda" else torch.device("cpu")
         trainer = build_trainer(spec.recipe, device, open_store(spec.run_uri))
         start = trainer.resume()

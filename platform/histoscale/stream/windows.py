@@ -120,6 +120,10 @@ class FeedMaster:
             self._open[name] = open_window(self._spec, workers, steps)
         return self._open[name][rank]
 
+    def release(self) -> None:
+        """Let all pipelines go, whose readers take CPUs that the workers of the next attempt may need."""
+        self._open = {}
+
 
 def start_feed(spec: FeedSpec) -> FeedMasterHandle:
     """Start the actor on this node; it takes no CPU and ends with the caller."""
