@@ -140,7 +140,8 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
     Raises:
         HistoscaleError: Whatever is wrong with the lease, the cluster or the training.
     """
-    device = resolve_device(checked.request.recipe.cluster)
+    stored = read_run(checked.store)
+    device = resolve_device(checked.request.recipe.cluster, (stored or checked.request.recipe).precision)
     with Lease(checked.store, checked.request.holder) as lease:
         while True:
             start = _committed_step(checked.store)
