@@ -130,3 +130,18 @@ def test_a_group_that_could_not_be_started_leaves_no_member_behind() -> None:
     told = control.drain(SILENCE_S)
     assert [each.rank for each in told.members] == [1, 0]
     assert [each.rank for each in told.silent] == [1, 0], "beats of the attempt before are not theirs"
+
+
+def test_how_long_no_step_was_told_of_is_counted_from_the_start_of_the_attempt() -> None:
+    control, clock = running()
+    clock.now_s = 30.0
+    assert control.drain(SILENCE_S).quiet_s == 30.0
+    control.tell(progress(1))
+    clock.now_s = 70.0
+    assert control.drain(SILENCE_S).quiet_s == 40.0
+    control.over(Kind.CRASH, "died")
+    assert control.drain(SILENCE_S).quiet_s == 0.0
+    clock.now_s = 90.0
+    control.enlist(member(0))
+    clock.now_s = 95.0
+    assert control.drain(SILENCE_S).quiet_s == 5.0

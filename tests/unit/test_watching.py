@@ -118,6 +118,14 @@ def test_a_silent_worker_is_ended_once(no_ray: dict[str, Any]) -> None:
     assert scene.lines == ["worker 1 has given no sign of life for 20 s and is ended"]
 
 
+def test_workers_that_live_and_take_no_step_are_told_of_now_and_then() -> None:
+    quiet = [60.0, 119.0, 125.0, 200.0, 260.0, 500.0, 530.0, 10.0, 130.0]
+    scene = Scene(FakeControl([Told([], [], [], [], [], quiet_s) for quiet_s in quiet]))
+    for _ in quiet:
+        scene.watch.look_again(stop_asked=False)
+    assert [line.split(",")[0] for line in scene.lines] == [f"no step for {s} s" for s in (125, 260, 530, 130)]
+
+
 def test_a_notice_for_a_node_of_the_run_is_heeded_once(no_ray: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "_NODES_EVERY_S", 0.0)
     no_ray["draining"] = {"mine" * 8: 0, "another": 0}

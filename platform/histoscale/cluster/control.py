@@ -98,6 +98,7 @@ class Told:
         news: What became of an attempt: why it ends, what a restart took.
         members: Of the attempt that runs.
         silent: Those of them that gave no sign of life for longer than the driver bears.
+        quiet_s: Since these have begun, or have last told of a step; 0 while nothing runs.
     """
 
     progress: list[Progress]
@@ -105,6 +106,7 @@ class Told:
     news: list[News]
     members: list[Member]
     silent: list[Member]
+    quiet_s: float = 0.0
 
 
 class RunControl:
@@ -127,7 +129,7 @@ class RunControl:
         self._last: tuple[Progress, float] | None = None
         self._told_at_s: deque[float] = deque(maxlen=_STEPS_TIMED)
         self._restart_s = 0.0
-        self._began_s = now()
+        self._began_s = self._heard_s = now()
 
     def want(self, wish: Wish) -> None:
         """The driver's wish, which rank 0 learns with the answer to its next message."""
@@ -155,6 +157,7 @@ class RunControl:
             self._attempts, self._attempt_over = self._attempts + 1, False
             self._members, self._restart = {}, None
             self._told_at_s.clear()
+            self._heard_s = self._now()
         self._members[member.rank] = (member, self._now())
         return self._attempts
 
@@ -175,6 +178,7 @@ class RunControl:
                 f"restarted on {len(self._members)} workers in {self._restart_s:.0f} s, {redone} steps done again", None
             )
         self._told_at_s.append(now_s)
+        self._heard_s = now_s
         self._last = (progress, now_s)
         self._progress.append(progress)
         if self._wish is Wish.GO_ON and self._restart is not None:
@@ -233,6 +237,7 @@ class RunControl:
             self._news,
             [member for member, _ in members],
             [member for member, heard_s in members if now_s - heard_s > silence_s],
+            now_s - self._heard_s if members else 0.0,
         )
         self._progress, self._faults, self._news = [], [], []
         return told

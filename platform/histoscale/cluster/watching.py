@@ -21,6 +21,7 @@ from histoscale.observe.timeline import Event, Kind, Timeline
 _POLL_S = 0.5
 _log = logging.getLogger(__name__)
 _NODES_EVERY_S = 2.0
+_QUIET_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class _Watch:
         self._ended: set[str] = set()
         self._next_nodes_s = 0.0
         self._failing = False
+        self._quiet_told_s = 0.0
 
     def look_again(self, stop_asked: bool, last: bool = False) -> None:
         """One look, which may fail: the next one is as good, and without any nobody would heed a notice.
@@ -105,6 +107,7 @@ class _Watch:
             self._passed_on = wish
         told = self.show()
         self._end_the_silent(told.silent)
+        self._tell_of_quiet(told.quiet_s)
         self._heed_notices(told.members)
 
     def show(self, last: bool = False) -> Told:
@@ -129,6 +132,17 @@ class _Watch:
                     f"worker {member.rank} has given no sign of life for {self._watched.silence_s:g} s and is ended"
                 )
                 ray.kill(member.actor)
+
+    def _tell_of_quiet(self, quiet_s: float) -> None:
+        """Say so where workers live and take no step, at longer and longer intervals: only a person can tell why."""
+        if quiet_s < _QUIET_S:
+            self._quiet_told_s = 0.0
+        elif quiet_s >= 2.0 * self._quiet_told_s:
+            self._quiet_told_s = quiet_s
+            self._watched.tell(
+                f"no step for {quiet_s:.0f} s, though every worker gives signs of life: they read the state, or wait "
+                "for tiles, for each other or for the storage; `py-spy dump` on a worker's node tells which"
+            )
 
     def _heed_notices(self, members: Sequence[Member]) -> None:
         """Have the workers commit and start again elsewhere before a node of theirs is taken away."""
