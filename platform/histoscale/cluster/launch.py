@@ -62,7 +62,8 @@ def run_workers(run_uri: str, recipe: Recipe, device: str, start: int, feed: Fee
         HistoscaleError: What no other attempt would mend, or more failures than the recipe allows.
     """
     control, cluster, feed_master = start_control(), recipe.cluster, start_feed(feed)
-    spec = WorkerSpec(recipe, run_uri, device, feed, feed_master, control, committed_step=start)
+    token = watched.lease.token
+    spec = WorkerSpec(recipe, run_uri, device, feed, feed_master, control, committed_step=start, lease_token=token)
     failures = FailureConfig(
         max_failures=cluster.max_failures,
         max_preemption_failures=cluster.max_preemptions,

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import ray
 import ray.train
@@ -16,6 +17,7 @@ from histoscale.checkpoint.collective import on_first_rank
 from histoscale.checkpoint.manifest import Commit
 from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Pulse, Wish, warnings_told
 from histoscale.cluster.failures import Yielded
+from histoscale.cluster.lease import require_lease
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, RunError
 from histoscale.observe.alarms import CollapseAlarm
@@ -36,6 +38,7 @@ class WorkerSpec:
 
     Attributes:
         committed_step: The step that the driver has planned from.
+        lease_token: Of the driver's lease of the run.
     """
 
     recipe: Recipe
@@ -45,6 +48,7 @@ class WorkerSpec:
     feed_master: FeedMasterHandle
     control: ControlHandle
     committed_step: int
+    lease_token: str
 
 
 def train_worker(config: dict[str, WorkerSpec]) -> None:
@@ -62,7 +66,8 @@ def _train(spec: WorkerSpec, rank: int, workers: int) -> None:
     try:
         attempt = on_first_rank(lambda: secrets.token_hex(8))
         device = get_device() if spec.device == "cuda" else torch.device("cpu")
-        trainer = build_trainer(spec.recipe, device, open_store(spec.run_uri))
+        store = open_store(spec.run_uri)
+        trainer = build_trainer(spec.recipe, device, store, partial(require_lease, store, spec.lease_token))
         start = trainer.resume()
         _require_planned(spec, start)
         with contextlib.closing(
@@ -106,6 +111,7 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
     stall_s = stalled_s = 0.0
     clock = _Clock(spec.recipe.batch.tiles)
     collapse = CollapseAlarm(spec.recipe.optim.warmup_images)
+    taken_over = False
     try:
         for step in range(start, spec.recipe.steps):
             _require_the_run(line, spec.run_uri)
@@ -129,8 +135,11 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
             if metrics.stop:
                 _leave(line.wish)
                 return
+    except RunError:
+        taken_over = True
+        raise
     finally:
-        writer.close()
+        writer.close(publish=not taken_over)
         timeline.close()
 
 
