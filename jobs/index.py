@@ -15,8 +15,8 @@ SLIDES leave the index; earlier snapshots stay, for the runs that began with the
                                             indexes nothing
   --report                                  writes INDEX/report.html: counts, scales, sites, pictures; no names
 
-Output never names a slide; INDEX/protected does, and only its owner should be able to read it. Exit status: 0, or 2
-with a one-line diagnosis as the last line.
+Output never names a slide; INDEX/protected does, and only its owner should be able to read it. Exit status: 0, or
+with a one-line diagnosis as the last line 2, or 75 where the same command may succeed later, as a bucket was away.
 """
 
 import argparse

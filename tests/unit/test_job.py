@@ -23,6 +23,17 @@ def test_a_diagnosis_is_the_last_line_and_exit_status_2(capsys: pytest.CaptureFi
     assert capsys.readouterr().err.splitlines()[-1] == "error: the recipe is odd. Make it even."
 
 
+def test_what_may_pass_by_itself_has_an_exit_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise StorageError("the server is away", remedy="see to it", transient=True)
+
+    with pytest.raises(SystemExit) as exit_:
+        run_job(main)
+    assert exit_.value.code == 75
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: the server is away. See to it. This may pass by itself: run the same command again."
+
+
 def test_an_interrupt_ends_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         raise KeyboardInterrupt

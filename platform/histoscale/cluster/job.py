@@ -14,6 +14,7 @@ from histoscale.errors import ClusterError, HistoscaleError
 from histoscale.storage import open_store
 
 DIAGNOSED = 2
+TRANSIENT = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130
 MIN_LOCAL_CPUS = 8  # logical: a trainer, its readers and the job must fit on a laptop with two cores
 
@@ -29,14 +30,15 @@ _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def run_job(main: Callable[[], None]) -> NoReturn:
-    """Run a job's main function; a diagnosis becomes the last line and exit status 2."""
+    """Run a job's main function; a diagnosis becomes the last line and exit status 2, or 75 where it may pass."""
     try:
         main()
     except HistoscaleError as error:
         ray.shutdown()
         sys.stdout.flush()
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(DIAGNOSED)
+        may_pass = " This may pass by itself: run the same command again." if error.transient else ""
+        sys.stderr.write(f"error: {error}{may_pass}\n")
+        sys.exit(TRANSIENT if error.transient else DIAGNOSED)
     except KeyboardInterrupt:
         ray.shutdown()
         sys.stderr.write("interrupted: run the same command again to go on\n")

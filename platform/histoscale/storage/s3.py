@@ -249,6 +249,7 @@ class S3Store:
         raise StorageError(
             f"{name_object(key, self.uri, private=self._private)} broke off {_BODY_ATTEMPTS} times while it was read",
             remedy="check the network and the load of the server",
+            transient=True,
         ) from (self._cause(broken) if broken else None)
 
     def _copy_part(self, head: ObjectInfo, descriptor: int, start: int) -> None:
@@ -268,6 +269,7 @@ class S3Store:
                 f"{len(refused)} objects of {self.uri} cannot be deleted",
                 value=str(refused[0].get("Code")),
                 remedy="give the credentials the permission s3:DeleteObject",
+                transient=all(s3_errors.is_passing_code(str(each.get("Code"))) for each in refused),
             )
 
     def _name(self, key: str) -> str:
