@@ -204,6 +204,12 @@ def test_a_student_that_cannot_predict_the_prototypes_is_refused(
         load(heads(run)).pupil(heads(run, **sections))
 
 
+def test_a_teacher_whose_recipe_is_damaged_is_refused(run: Store) -> None:
+    run.put("recipe.yaml", run.get("recipe.yaml").replace(b"vit_test14", b"vit_test\xff4"))
+    with pytest.raises(RecipeError, match=rf"{run.uri}/recipe\.yaml is not valid YAML.*Restore the file"):
+        find(heads(run))
+
+
 def test_a_student_may_have_another_bottleneck_and_width(run: Store) -> None:
     other = heads(run, model={"arch": "vit_micro14"}, heads={"dino_bottleneck_dim": 6, "hidden_dim": 20})
     net, _ = load(other).pupil(other)
