@@ -555,7 +555,9 @@ def test_the_forecast_of_a_job_counts_its_teacher(run: Store, published: Path) -
     of_features = features(published, arch="vit_test14", licence=LICENCE)
     networks = (build_ssl_net(recipe_of()), VisionTransformer(ARCHS["vit_test14"], 42))
     for recipe, network in zip((of_heads, of_features), networks, strict=True):
-        assert _memory(recipe, "cpu").items["teacher"] == 4 * sum(each.numel() for each in network.parameters())
+        assert _memory(recipe, "cpu", find(recipe)).items["teacher"] == 4 * sum(
+            each.numel() for each in network.parameters()
+        )
 
 
 def test_a_resumed_student_of_a_file_is_checked_without_reading_it(published: Path, tmp_path: Path) -> None:

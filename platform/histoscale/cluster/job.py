@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import ray
+from ray.exceptions import AuthenticationError, RayError
 
 from histoscale.errors import ClusterError, HistoscaleError
 from histoscale.storage import open_store
@@ -50,14 +51,16 @@ def connect() -> None:
     """Join the cluster of this job, or start one on this machine when the script is run directly.
 
     Raises:
-        ClusterError: `RAY_ADDRESS` names a cluster that does not answer.
+        ClusterError: `RAY_ADDRESS` names a cluster that does not answer or refuses the token, or none can be started.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports every start, end and missing bar
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except AuthenticationError as error:
+            raise token_refused("the Ray cluster", address) from error
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             raise ClusterError(
                 "the Ray cluster does not answer",
                 value=address,
@@ -67,13 +70,39 @@ def connect() -> None:
         return
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    ray.init(
-        address="local",
-        num_cpus=max(MIN_LOCAL_CPUS, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(MIN_LOCAL_CPUS, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except AuthenticationError as error:
+        raise token_refused("the Ray cluster that was started here", "local") from error
+    except Exception as error:  # Ray's own are bare ones where a process of it does not come up
+        raise ClusterError(
+            "Ray cannot be started on this machine",
+            value=f"{type(error).__name__}: {last_line(error)}",
+            expected="a Ray head of this process",
+            remedy="look at the memory and at the disk of /tmp, end what is left of other heads with `ray stop`, or "
+            "set RAY_ADDRESS to a cluster",
+        ) from error
+
+
+def token_refused(who: str, address: str) -> ClusterError:
+    """The error for a cluster, or its job server, that does not take our token, or gets none."""
+    return ClusterError(
+        f"{who} refuses the token",
+        value=address,
+        expected="the cluster's token, in RAY_AUTH_TOKEN or in the file of RAY_AUTH_TOKEN_PATH",
+        remedy="set it, and RAY_AUTH_MODE=token, where this command runs",
     )
+
+
+def last_line(error: Exception) -> str:
+    """The last line of an error's text, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def inside_a_job() -> bool:
