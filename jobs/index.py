@@ -23,6 +23,7 @@ import argparse
 import time
 
 from histoscale.cluster.job import connect, location, run_job
+from histoscale.errors import SlideIndexError
 
 SECONDS_BETWEEN_LINES = 2.0
 
@@ -40,6 +41,8 @@ def main() -> None:
     )
     parser.add_argument("--report", action="store_true", help="write INDEX/report.html")
     arguments = parser.parse_args()
+    if arguments.exclude:
+        _require_nothing_to_index(arguments)
 
     from histoscale.slides.archive import read_csv, slides_root
     from histoscale.slides.build import build_index
@@ -74,6 +77,17 @@ def main() -> None:
     print(f"index: {out}")
     if arguments.report:
         print(f"report: {write_report(open_store(out))}")
+
+
+def _require_nothing_to_index(arguments: argparse.Namespace) -> None:
+    given = [f"--{name}" for name in ("sidecar", "strata", "pattern", "report") if getattr(arguments, name)]
+    if given:
+        raise SlideIndexError(
+            f"--exclude indexes nothing and has no use for {given[0]}",
+            value=" ".join(["--exclude", *given]),
+            expected="--exclude alone",
+            remedy="withdraw the slides first, then run the command again without --exclude",
+        )
 
 
 if __name__ == "__main__":
