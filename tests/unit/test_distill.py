@@ -502,7 +502,7 @@ def test_students_without_a_common_teacher_are_refused(run: Store, tmp_path: Pat
         build_students([], CPU, [])
 
 
-def test_what_cannot_be_reached_is_refused(tmp_path: Path, s3_env: S3Server) -> None:
+def test_what_cannot_be_reached_is_refused(s3_env: S3Server) -> None:
     with pytest.raises(StorageError):
         find(heads(open_store("s3://no-such-bucket-of-ours/run")))
 

@@ -83,7 +83,7 @@ def test_listing_follows_links_but_no_loop(store: LocalStore, tmp_path: Path) ->
 
 
 def test_a_failed_write_leaves_the_old_object_and_nothing_else(
-    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.put("o", b"old")
 

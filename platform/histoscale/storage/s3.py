@@ -192,7 +192,7 @@ class S3Store:
         except (ClientError, BotoCoreError) as error:
             raise self._diagnosis(error, key) from self._cause(error)
 
-    def local_path(self, key: str) -> Path | None:
+    def local_path(self, key: str) -> Path | None:  # noqa: ARG002 - as of every store
         """None: the objects are on a server."""
         return None
 
@@ -296,7 +296,7 @@ class S3Store:
 
 
 @lru_cache(maxsize=4)
-def _client(pid: int, settings: tuple[tuple[str, str], ...]) -> "S3Client":
+def _client(pid: int, settings: tuple[tuple[str, str], ...]) -> "S3Client":  # noqa: ARG001 - what the cache goes by
     """The client that all stores and threads of a process share; a forked process must not share its sockets.
 
     A client takes tenths of a second to make, and a job opens a store per slide.
