@@ -13,8 +13,7 @@ runs a captured step again, in one process and without a cluster: a step whose l
 capture in its run folder. It prints whether that happens again, where it begins (replica, module, term, parameter), the
 tiles it begins with, whether fp32 cures it, and what to do. `--set loss.kde_weight=0` tries it under another recipe.
 
-Exit status: 0, or with a one-line diagnosis as the last line 2, or 75 where the same command may succeed later, as a
-bucket was away.
+Exit status: 0, or with a one-line diagnosis as the last line 2, or 75 where it may pass by itself: a bucket was away.
 """
 
 import argparse
