@@ -23,7 +23,6 @@ import argparse
 import time
 
 from histoscale.cluster.job import connect, location, run_job
-from histoscale.errors import SlideIndexError
 
 SECONDS_BETWEEN_LINES = 2.0
 
@@ -36,17 +35,13 @@ def main() -> None:
     parser.add_argument("--sidecar", metavar="CSV", help="um/px of slides that do not say theirs: columns slide,mpp")
     parser.add_argument("--strata", metavar="CSV", help="where slides come from: columns slide,site,stain,...")
     parser.add_argument("--pattern", metavar="REGEX", help="the same: named groups, matched with paths below SLIDES")
-    parser.add_argument(
-        "--exclude", metavar="CSV", help="withdraw slides from training: columns slide, patient or both"
-    )
+    parser.add_argument("--exclude", metavar="CSV", help="withdraw slides, and no more: columns slide, patient or both")
     parser.add_argument("--report", action="store_true", help="write INDEX/report.html")
     arguments = parser.parse_args()
-    if arguments.exclude:
-        _require_nothing_to_index(arguments)
 
     from histoscale.slides.archive import read_csv, slides_root
     from histoscale.slides.build import build_index
-    from histoscale.slides.exclusions import exclude
+    from histoscale.slides.exclusions import exclude, require_alone
     from histoscale.slides.index import describe
     from histoscale.slides.progress import IndexProgress
     from histoscale.slides.report import write_report
@@ -67,6 +62,7 @@ def main() -> None:
         print(progress.line(), flush=True)
 
     if files["exclude"]:
+        require_alone({name: getattr(arguments, name) for name in ("sidecar", "strata", "pattern", "report")})
         content = read_csv(files["exclude"], "the CSV of --exclude")
         done = exclude(open_store(out), slides_root(slides)[0].uri, content)
         print(f"exclusion {done.number}: {len(done.slide_ids)} slides, for every run that starts from now on")
@@ -77,17 +73,6 @@ def main() -> None:
     print(f"index: {out}")
     if arguments.report:
         print(f"report: {write_report(open_store(out))}")
-
-
-def _require_nothing_to_index(arguments: argparse.Namespace) -> None:
-    given = [f"--{name}" for name in ("sidecar", "strata", "pattern", "report") if getattr(arguments, name)]
-    if given:
-        raise SlideIndexError(
-            f"--exclude indexes nothing and has no use for {given[0]}",
-            value=" ".join(["--exclude", *given]),
-            expected="--exclude alone",
-            remedy="withdraw the slides first, then run the command again without --exclude",
-        )
 
 
 if __name__ == "__main__":
