@@ -82,8 +82,9 @@ def test_room_that_others_have_is_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_cluster_that_stays_too_small_is_a_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = FakeCluster(monkeypatch, {"CPU": 4.0})
-    with pytest.raises(ClusterError, match=r"too small.*7 CPU more missing.*3 x \(2 CPU\) and 5 x \(1 CPU\)"):
+    with pytest.raises(ClusterError, match=r"too small.*7 CPU more missing.*3 x \(2 CPU\) and 5 x \(1 CPU\)") as it:
         wait_for_resources(CLUSTER, "cpu", lambda line: None, poll_s=0.01)
+    assert it.value.transient
     assert cluster.removed
 
 

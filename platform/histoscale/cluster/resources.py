@@ -97,6 +97,7 @@ def wait_for_resources(
                     value=f"{_lacking(cluster, device)} missing after {cluster.start_timeout_s:g} s",
                     expected=_described(bundles),
                     remedy="add nodes, or lower cluster.workers, cluster.cpus_per_worker or cluster.readers with --set",
+                    transient=True,  # nodes may come later
                 )
     finally:
         remove_placement_group(room)
