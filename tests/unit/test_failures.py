@@ -121,7 +121,10 @@ def test_a_dead_worker_is_what_happened_whatever_the_others_tell_of_it() -> None
     ],
 )
 def test_a_run_without_a_diagnosis_names_its_budget(error: TrainingFailedError, said: str) -> None:
-    assert re.search(said, str(explain(error, 5, 9)))
+    explained = explain(error, 5, 9)
+    assert isinstance(explained, RunError)
+    assert re.search(said, str(explained))
+    assert explained.transient == ("taken away" in said), "a spot market may have nodes again"
 
 
 def test_a_diagnosis_is_what_the_run_ends_with() -> None:

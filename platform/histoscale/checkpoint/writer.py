@@ -188,6 +188,7 @@ class CheckpointWriter:
                 value=error.value,
                 expected=error.expected,
                 remedy=error.remedy,
+                transient=error.transient,
             ) from error
         if commit is not None:
             self._flight = None

@@ -130,4 +130,5 @@ def explain(error: TrainingFailedError, max_failures: int, max_preemptions: int)
         value=describe_crash(error),
         expected="nodes that stay longer" if preempted else "workers that live",
         remedy=_REMEDY,
+        transient=preempted,
     )

@@ -15,6 +15,7 @@ from ray.train.torch import get_device
 
 from histoscale.checkpoint.collective import on_first_rank
 from histoscale.checkpoint.manifest import Commit
+from histoscale.checkpoint.reader import latest_commit
 from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Pulse, Wish, warnings_told
 from histoscale.cluster.failures import Yielded
 from histoscale.cluster.lease import require_lease
@@ -24,7 +25,7 @@ from histoscale.observe.alarms import CollapseAlarm
 from histoscale.observe.goodput import STALL_S, GoodputMeter
 from histoscale.observe.metrics import MetricsWriter
 from histoscale.observe.timeline import Event, Kind, Timeline, wall_before
-from histoscale.storage import open_store
+from histoscale.storage import Store, open_store
 from histoscale.stream.faults import Fault
 from histoscale.stream.feed import MicroBatch, RankFeed
 from histoscale.stream.windows import FeedMasterHandle, FeedSpec, RankShare
@@ -64,21 +65,33 @@ def _train(spec: WorkerSpec, rank: int, workers: int) -> None:
     torch.set_num_threads(spec.recipe.cluster.cpus_per_worker)
     pulse = Pulse(spec.control, rank)  # before anything that waits for others, or that may stand still itself
     try:
-        attempt = on_first_rank(lambda: secrets.token_hex(8))
-        device = get_device() if spec.device == "cuda" else torch.device("cpu")
         store = open_store(spec.run_uri)
-        trainer = build_trainer(spec.recipe, device, store, partial(require_lease, store, spec.lease_token))
-        start = trainer.resume()
-        _require_planned(spec, start)
-        with contextlib.closing(
-            RankFeed(spec.feed, RankShare(spec.feed_master, attempt, rank, workers), start)
-        ) as feed:
+        device = get_device() if spec.device == "cuda" else torch.device("cpu")
+        attempt, expected = on_first_rank(lambda: (secrets.token_hex(8), _committed_step(store)))
+        with contextlib.ExitStack() as stack:
+            feed = stack.enter_context(_feed(spec, attempt, rank, workers, expected))
+            feed.begin()  # readers start while the network is built and its state is read
+            trainer = build_trainer(spec.recipe, device, store, partial(require_lease, store, spec.lease_token))
+            start = trainer.resume()
+            _require_planned(spec, start)
+            if start != expected:
+                feed.close()
+                feed = stack.enter_context(_feed(spec, f"{attempt}-from-{start}", rank, workers, start))
             if rank == 0:
                 _lead(spec, trainer, feed, start)
             else:
                 _follow(spec, trainer, feed, start)
     finally:
         pulse.stop()
+
+
+def _committed_step(store: Store) -> int:
+    commit = latest_commit(store)
+    return commit.step if commit else 0
+
+
+def _feed(spec: WorkerSpec, attempt: str, rank: int, workers: int, start: int) -> "contextlib.closing[RankFeed]":
+    return contextlib.closing(RankFeed(spec.feed, RankShare(spec.feed_master, attempt, rank, workers), start))
 
 
 def _require_planned(spec: WorkerSpec, start: int) -> None:
