@@ -13,13 +13,18 @@ runs a captured step again, in one process and without a cluster: a step whose l
 capture in its run folder. It prints whether that happens again, where it begins (replica, module, term, parameter), the
 tiles it begins with, whether fp32 cures it, and what to do. `--set loss.kde_weight=0` tries it under another recipe.
 
-Exit status: 0, or 2 with a one-line diagnosis as the last line.
+Exit status: 0, or with a one-line diagnosis as the last line 2, or 75 where it may pass by itself: a bucket was away.
 """
 
 import argparse
 from collections.abc import Iterable
 
 from histoscale.cluster.job import connect, location, run_job
+from histoscale.errors import ClusterError
+
+# Options of each, and what they are when they are not given.
+_SIMULATION = {"recipe": None, "slides": 100_000, "workers": 2, "blocks": 500}
+_REPLAY = {"index": None, "device": "auto"}
 
 
 def main() -> None:
@@ -29,16 +34,27 @@ def main() -> None:
     what.add_argument("--simulate", action="store_true", help="run plan and feed on synthetic slides")
     what.add_argument("--replay", metavar="CAPTURE", help="run a captured step again")
     parser.add_argument("--recipe", help="of a simulation: a YAML file; jobs/recipes has examples")
-    parser.add_argument("--slides", type=int, default=100_000, help="slides of the archive (default: 100000)")
-    parser.add_argument("--workers", type=int, default=2, help="training workers to deal to (default: 2)")
-    parser.add_argument("--blocks", type=int, default=500, help="blocks to deal (default: 500)")
+    parser.add_argument("--slides", type=int, help="slides of the archive (default: 100000)")
+    parser.add_argument("--workers", type=int, help="training workers to deal to (default: 2)")
+    parser.add_argument("--blocks", type=int, help="blocks to deal (default: 500)")
     parser.add_argument("--index", help="of a replay: the index that the run was started on")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of a replay (default: auto)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="of a replay (default: auto)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field")
     arguments = parser.parse_args()
-    needed = "recipe" if arguments.simulate else "index"
-    if getattr(arguments, needed) is None:
-        parser.error(f"--{'simulate' if arguments.simulate else 'replay'} needs --{needed}")
+    mode, ours, others = ("simulate", _SIMULATION, _REPLAY) if arguments.simulate else ("replay", _REPLAY, _SIMULATION)
+    for name in others:
+        if getattr(arguments, name) is not None:
+            raise ClusterError(
+                f"--{mode} has no use for --{name}",
+                value=f"--{name} {getattr(arguments, name)}",
+                expected=", ".join(f"--{option}" for option in [*ours, "set"]),
+                remedy=f"leave --{name} out",
+            )
+    for name, default in ours.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+        if getattr(arguments, name) is None:
+            parser.error(f"--{mode} needs --{name}")
     for line in _simulation(arguments) if arguments.simulate else _replay(arguments):
         print(line, flush=True)
 

@@ -4,8 +4,8 @@ r"""Export the backbone of a run's newest checkpoint (the EMA teacher) in the la
         python jobs/export.py --run RUN --format timm --out DIR
 
 RUN is the --out of jobs/pretrain.py, DIR a folder or an s3:// prefix that is empty or holds an earlier export.
-Prints the largest difference between all tokens of timm's model and of ours. Exit status: 0, or 2 with a one-line
-diagnosis as the last line.
+Prints the largest difference between all tokens of timm's model and of ours. Exit status: 0, or with a one-line
+diagnosis as the last line 2, or 75 where the same command may succeed later, as a bucket was away.
 """
 
 import argparse

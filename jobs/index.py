@@ -15,8 +15,8 @@ SLIDES leave the index; earlier snapshots stay, for the runs that began with the
                                             indexes nothing
   --report                                  writes INDEX/report.html: counts, scales, sites, pictures; no names
 
-Output never names a slide; INDEX/protected does, and only its owner should be able to read it. Exit status: 0, or 2
-with a one-line diagnosis as the last line.
+Output never names a slide; INDEX/protected does, and only its owner should be able to read it. Exit status: 0, or
+with a one-line diagnosis as the last line 2, or 75 where the same command may succeed later, as a bucket was away.
 """
 
 import argparse
@@ -35,15 +35,13 @@ def main() -> None:
     parser.add_argument("--sidecar", metavar="CSV", help="um/px of slides that do not say theirs: columns slide,mpp")
     parser.add_argument("--strata", metavar="CSV", help="where slides come from: columns slide,site,stain,...")
     parser.add_argument("--pattern", metavar="REGEX", help="the same: named groups, matched with paths below SLIDES")
-    parser.add_argument(
-        "--exclude", metavar="CSV", help="withdraw slides from training: columns slide, patient or both"
-    )
+    parser.add_argument("--exclude", metavar="CSV", help="withdraw slides, and no more: columns slide, patient or both")
     parser.add_argument("--report", action="store_true", help="write INDEX/report.html")
     arguments = parser.parse_args()
 
     from histoscale.slides.archive import read_csv, slides_root
     from histoscale.slides.build import build_index
-    from histoscale.slides.exclusions import exclude
+    from histoscale.slides.exclusions import exclude, require_alone
     from histoscale.slides.index import describe
     from histoscale.slides.progress import IndexProgress
     from histoscale.slides.report import write_report
@@ -64,6 +62,7 @@ def main() -> None:
         print(progress.line(), flush=True)
 
     if files["exclude"]:
+        require_alone({name: getattr(arguments, name) for name in ("sidecar", "strata", "pattern", "report")})
         content = read_csv(files["exclude"], "the CSV of --exclude")
         done = exclude(open_store(out), slides_root(slides)[0].uri, content)
         print(f"exclusion {done.number}: {len(done.slide_ids)} slides, for every run that starts from now on")

@@ -6,7 +6,8 @@ r"""Pretrain a backbone on the slides of an index; running the same command agai
 INDEX is the --out of jobs/index.py. RUN is a folder or an s3:// prefix that will hold the resolved recipe, the
 checkpoints, the ledger and the TensorBoard events. --fork-from OTHER[@STEP] begins a new run from a checkpoint of
 another one, under any recipe with the same network; see docs/guides/fork.md. Exit status: 0 when the run is complete
-or was stopped with a committed checkpoint, 2 with a one-line diagnosis as the last line.
+or was stopped with a committed checkpoint; with a one-line diagnosis as the last line 2, or 75 where the same command
+may succeed later: a bucket was away, or nodes did not come in time.
 """
 
 import argparse

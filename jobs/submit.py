@@ -11,7 +11,8 @@ running; the same command with the same --submission-id finds it again. A cluste
 as by `ray job submit`.
 
 Exit status, unlike that of `ray job submit`, the job's own: 0, also when it was stopped; 2 after a one-line diagnosis
-of what another attempt would refuse too; 1, or the job's, when retries or patience are spent; 130 after Ctrl-C.
+of what another attempt would refuse too; 1, or the job's, when retries or patience are spent (75: what failed may pass
+by itself); 130 after Ctrl-C.
 """
 
 import argparse

@@ -29,15 +29,23 @@ class HistoscaleError(Exception):
         value: The offending value, shown as it is; left out when None.
         expected: What would have been right.
         remedy: What to do, as a sentence without a full stop.
+        transient: Whether the same attempt may succeed later, when nobody has changed anything.
     """
 
     def __init__(
-        self, what: str, *, value: object = None, expected: str | None = None, remedy: str | None = None
+        self,
+        what: str,
+        *,
+        value: object = None,
+        expected: str | None = None,
+        remedy: str | None = None,
+        transient: bool = False,
     ) -> None:
         self.what = what
         self.value = value
         self.expected = expected
         self.remedy = remedy
+        self.transient = transient
         super().__init__(self._render())
 
     def _render(self) -> str:
@@ -51,7 +59,9 @@ class HistoscaleError(Exception):
         return " ".join(text.split())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        keywords = {"value": self.value, "expected": self.expected, "remedy": self.remedy}
+        keywords: dict[str, Any] = {"value": self.value, "expected": self.expected, "remedy": self.remedy}
+        if self.transient:  # kinds that never are do not take the keyword
+            keywords["transient"] = True
         return _rebuild, (type(self), self.what, keywords)
 
 

@@ -1,4 +1,4 @@
-"""No dead fields: every field of the recipe is read somewhere outside `config/`."""
+"""No dead fields: every field of the recipe is read somewhere outside `config/` and the benchmarks."""
 
 import ast
 from functools import cache
@@ -32,10 +32,10 @@ def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 @cache
 def attributes_read() -> set[str]:
-    """Every `section.field` and `recipe.field` that the package reads outside `config/`."""
+    """Every `section.field` and `recipe.field` that the package reads outside `config/` and `bench/`."""
     found = set()
     for path in PACKAGE.rglob("*.py"):
-        if path.parent.name == "config":
+        if path.relative_to(PACKAGE).parts[0] in ("config", "bench"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):

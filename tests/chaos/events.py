@@ -65,7 +65,6 @@ class Chaos:
     Attributes:
         store: The run folder.
         disk: Where the run folder lies on a disk of its own, if it does.
-        outage_s: How long S3 is broken.
     """
 
     site: Site
@@ -73,7 +72,6 @@ class Chaos:
     store: Store
     seed: int
     disk: Path | None = None
-    outage_s: float = OUTAGE_S
     _draws: Iterator[int] = field(default_factory=itertools.count)
 
     def draw(self, count: int) -> int:
@@ -254,7 +252,7 @@ def s3_broken(chaos: Chaos) -> Effect:
     before = switch.counts[kind]
     with switch.outage(kind):
         felt_s = _wait_until(lambda: switch.counts[kind] > before, "a request to S3")
-        time.sleep(chaos.outage_s)
+        time.sleep(OUTAGE_S)
     return _went_on(chaos.run, felt_s, mark)
 
 

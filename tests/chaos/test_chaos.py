@@ -174,7 +174,7 @@ def test_a_run_in_a_bucket_outlives_kills_an_outage_and_a_flipped_byte(
             undisturbed(s3_env, bucket, form) as plain,
             training(site, bucket, store.uri, form, "cluster.workers=2") as run,
         ):
-            outcomes = carry_out(Chaos(site, run, store, chaos_seed, outage_s=4.0), form, SHORT)
+            outcomes = carry_out(Chaos(site, run, store, chaos_seed), form, SHORT)
             run.finish(STEP_S)
             losses = json.loads(plain.communicate()[0])
     tell(table(outcomes))

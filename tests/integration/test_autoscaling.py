@@ -53,7 +53,7 @@ def wait_until(true: Callable[[], bool], head: LocalHead) -> float:
 
 
 def test_nodes_come_from_nothing_when_a_run_needs_room_and_go_when_they_are_idle(
-    head: LocalHead, tmp_path: Path
+    head: LocalHead,
 ) -> None:
     wait_until(lambda: not nodes_of(head), head)
     text = run_to_the_end(head, ["python", "-c", ROOM])

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from ray.cluster_utils import Cluster
 from tests.integration.jobs_at_work import REPOSITORY, TINY
 
-from histoscale.bench.ray_local import announce_end
+from histoscale.bench.ray_local import announce_end, own_processes
 from histoscale.bench.watched_job import WatchedJob, set_words
 from histoscale.checkpoint.ledger import read_history
 from histoscale.cluster.job import ENVIRONMENT
@@ -95,7 +94,7 @@ def test_a_run_whose_nodes_come_and_go_gives_the_curve_of_one_that_is_left_alone
     assert "0 steps done again" in job.wait_for("restarted on 1 workers").text
     cluster.remove_node(node, allow_graceful=False)
 
-    (worker,) = (process for process in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in _name(process))
+    (worker,) = own_processes("RayTrainWorker")
     worker.suspend()
     job.wait_for("worker 0 has given no sign of life for 20 s and is ended")
     job.wait_for("the workers failed: a worker died")
@@ -105,7 +104,3 @@ def test_a_run_whose_nodes_come_and_go_gives_the_curve_of_one_that_is_left_alone
     assert dict(read_history(open_store(run), STEPS)) == {step: [(step * TILES, TILES)] for step in range(STEPS)}
     np.testing.assert_allclose(losses(run), losses(tmp_path / "alone"), rtol=1e-5)
     assert events(run) == ["start", "resize", "preemption_notice", "restart", "crash", "end"]
-
-
-def _name(process: psutil.Process) -> str:
-    return " ".join(process.info["cmdline"] or ())

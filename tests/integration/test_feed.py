@@ -200,6 +200,20 @@ def test_another_attempt_at_the_same_steps_has_pipelines_of_its_own(cluster: Non
         assert ray.get(run_rank.remote(spec, RankShare(master, attempt, 0, 1), 4)) == expected
 
 
+def test_an_attempt_that_is_over_lets_its_readers_go(cluster: None, archive: Archive) -> None:
+    spec = archive.feed(10**4)
+    master = start_feed(spec)
+    feed = RankFeed(spec, RankShare(master, "a", 0, 1), 0)
+    feed.micro_batches(0)
+    readers = own_readers()
+    assert readers
+    feed.close()
+    del feed
+    ray.get(master.release.remote())
+    _, alive = psutil.wait_procs(readers, timeout=60)
+    assert alive == []
+
+
 def test_a_missing_index_stops_the_run_with_its_own_diagnosis(cluster: None, archive: Archive) -> None:
     spec = archive.replaced(index_uri="/nonexistent").feed(8)
     feed = RankFeed(spec, RankShare(start_feed(spec), "a", 0, 1), 0)

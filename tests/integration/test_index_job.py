@@ -327,7 +327,7 @@ def test_a_killed_indexing_goes_on_where_it_was(cluster: None, shared_data: Path
 
 
 @pytest.fixture
-def run_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, str, Path]]]:
+def run_job() -> Iterator[Callable[..., tuple[int, str, Path]]]:
     """Runs the job as its own process; returns its status, all its output and Ray's session folder."""
     folder = tempfile.mkdtemp(prefix="hsj", dir="/tmp")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "HISTOSCALE_"))}

@@ -78,7 +78,7 @@ def test_head_answers_to_its_token_runs_jobs_and_leaves_nothing_behind(tmp_path:
     assert not Path(folder).exists()
 
 
-def test_sigterm_ends_the_head_too(tmp_path: Path) -> None:
+def test_sigterm_ends_the_head_too() -> None:
     script = (
         "import time\nfrom histoscale.cluster.local import HeadSize, LocalHead\n"
         f"with LocalHead(HeadSize({SIZE.cpus}, {SIZE.object_store_bytes})) as head:\n"

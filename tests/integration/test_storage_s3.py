@@ -187,7 +187,7 @@ def test_empty_objects_are_objects(store: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "..", "../other/x", "a/../../x", "a/./b", "nul\0"])
-def test_keys_cannot_leave_the_root(store: Store, key: str, tmp_path: Path) -> None:
+def test_keys_cannot_leave_the_root(store: Store, key: str) -> None:
     for use in (store.get, store.exists, store.delete, lambda key: store.put(key, b"")):
         with pytest.raises(StorageError, match="names no object below that root"):
             use(key)

@@ -48,7 +48,7 @@ class Gated(LocalStore):
         assert self.open.wait(WAIT_S)
         if self.refusals:
             self.refusals -= 1
-            raise StorageError("the server is away", value="503", remedy="wait")
+            raise StorageError("the server is away", value="503", remedy="wait", transient=True)
         super().put_parts(key, parts)
         if self.lost_answers and key.startswith("checkpoints/") and key.endswith(".json") and "manifest" not in key:
             self.lost_answers -= 1
@@ -173,8 +173,9 @@ def test_too_many_failures_in_a_row_are_an_error_and_a_commit_starts_the_count_a
         assert (settled(writer) is not None) == committed
     store.refusals = 1
     writer.begin(snapshot(4))
-    with pytest.raises(StorageError, match=r"the checkpoint of step 4 was not committed: the server is away"):
+    with pytest.raises(StorageError, match=r"the checkpoint of step 4 was not committed: the server is away") as caught:
         settled(writer)
+    assert caught.value.transient, "as what the store says of it"
     assert writer.in_flight is None
 
 

@@ -29,7 +29,7 @@ def running(workers: int = 2) -> tuple[RunControl, Clock]:
     clock = Clock()
     control = RunControl(now=clock)
     for rank in range(workers):
-        control.enlist("first", member(rank))
+        control.enlist(member(rank))
     return control, clock
 
 
@@ -62,7 +62,7 @@ def test_the_next_attempt_goes_on_and_its_restart_is_measured() -> None:
     control.ask_restart(Kind.RESIZE, "two workers more")
     assert control.over(Kind.RESTART, "") == 5
     clock.now_s = 12.0
-    control.enlist("second", member(0))
+    assert control.enlist(member(0)) == 2
     (asked, over) = control.drain(SILENCE_S).news
     assert (asked.kind, over) == (None, News("", Kind.RESIZE, 5, 2, "two workers more"))
     assert control.tell(progress(4)) is Wish.GO_ON
@@ -95,9 +95,9 @@ def test_nothing_is_asked_of_workers_that_are_not_there() -> None:
 def test_who_gives_no_sign_of_life_is_silent() -> None:
     control, clock = running()
     clock.now_s = 50.0
-    control.beat("first", 1)
-    control.beat("another", 0)
-    control.beat("first", 7)
+    control.beat(1, 1)
+    control.beat(0, 0)
+    control.beat(1, 7)
     clock.now_s = 61.0
     told = control.drain(SILENCE_S)
     assert [each.rank for each in told.members] == [0, 1]
@@ -116,3 +116,32 @@ def test_what_a_worker_warns_of_stands_in_the_log_of_the_job() -> None:
     log.warning("nobody listens any more")
     (news,) = control.drain(SILENCE_S).news
     assert (news.text, news.kind) == ("warning: worker 1: the checkpoint of step 4 was not committed", None)
+
+
+def test_a_group_that_could_not_be_started_leaves_no_member_behind() -> None:
+    control, clock = running(workers=1)
+    control.wait("waiting for nodes")
+    assert control.drain(SILENCE_S).members == []
+    assert control.enlist(member(1)) == 2
+    control.beat(1, 1)
+    assert control.enlist(member(0)) == 2
+    clock.now_s = 61.0
+    control.beat(1, 0)
+    told = control.drain(SILENCE_S)
+    assert [each.rank for each in told.members] == [1, 0]
+    assert [each.rank for each in told.silent] == [1, 0], "beats of the attempt before are not theirs"
+
+
+def test_how_long_no_step_was_told_of_is_counted_from_the_start_of_the_attempt() -> None:
+    control, clock = running()
+    clock.now_s = 30.0
+    assert control.drain(SILENCE_S).quiet_s == 30.0
+    control.tell(progress(1))
+    clock.now_s = 70.0
+    assert control.drain(SILENCE_S).quiet_s == 40.0
+    control.over(Kind.CRASH, "died")
+    assert control.drain(SILENCE_S).quiet_s == 0.0
+    clock.now_s = 90.0
+    control.enlist(member(0))
+    clock.now_s = 95.0
+    assert control.drain(SILENCE_S).quiet_s == 5.0

@@ -204,6 +204,12 @@ def test_a_student_that_cannot_predict_the_prototypes_is_refused(
         load(heads(run)).pupil(heads(run, **sections))
 
 
+def test_a_teacher_whose_recipe_is_damaged_is_refused(run: Store) -> None:
+    run.put("recipe.yaml", run.get("recipe.yaml").replace(b"vit_test14", b"vit_test\xff4"))
+    with pytest.raises(RecipeError, match=rf"{run.uri}/recipe\.yaml is not valid YAML.*Restore the file"):
+        find(heads(run))
+
+
 def test_a_student_may_have_another_bottleneck_and_width(run: Store) -> None:
     other = heads(run, model={"arch": "vit_micro14"}, heads={"dino_bottleneck_dim": 6, "hidden_dim": 20})
     net, _ = load(other).pupil(other)
@@ -496,7 +502,7 @@ def test_students_without_a_common_teacher_are_refused(run: Store, tmp_path: Pat
         build_students([], CPU, [])
 
 
-def test_what_cannot_be_reached_is_refused(tmp_path: Path, s3_env: S3Server) -> None:
+def test_what_cannot_be_reached_is_refused(s3_env: S3Server) -> None:
     with pytest.raises(StorageError):
         find(heads(open_store("s3://no-such-bucket-of-ours/run")))
 
@@ -549,7 +555,9 @@ def test_the_forecast_of_a_job_counts_its_teacher(run: Store, published: Path) -
     of_features = features(published, arch="vit_test14", licence=LICENCE)
     networks = (build_ssl_net(recipe_of()), VisionTransformer(ARCHS["vit_test14"], 42))
     for recipe, network in zip((of_heads, of_features), networks, strict=True):
-        assert _memory(recipe, "cpu").items["teacher"] == 4 * sum(each.numel() for each in network.parameters())
+        assert _memory(recipe, "cpu", find(recipe)).items["teacher"] == 4 * sum(
+            each.numel() for each in network.parameters()
+        )
 
 
 def test_a_resumed_student_of_a_file_is_checked_without_reading_it(published: Path, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def test_a_resize_must_repay_its_restart() -> None:
     assert better is not None
     assert better.workers == 4
     assert better.reason == (
-        "from 2 to 4 workers: 1 turns a step instead of 2 save 500 s of the next 1000 s, a restart takes 30 s"
+        "from 2 to 4 workers: 1 turns a step instead of 2 save 500 s of the next 1000 s "
+        "(cluster.resize_horizon_s, or the rest of the run), a restart takes 30 s"
     )
     assert worthwhile(RUN, 4, 4, horizon_s=59.0) is None
     near_the_end = replace(RUN, step=1041)

@@ -3,7 +3,7 @@ import pickle
 import pytest
 
 from histoscale import errors
-from histoscale.errors import HistoscaleError, SlideError
+from histoscale.errors import ClusterError, HistoscaleError, RunError, SlideError, StorageError
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HistoscaleError)]
 
@@ -23,6 +23,14 @@ def test_errors_travel_between_processes(kind: type[HistoscaleError]) -> None:
     back = pickle.loads(pickle.dumps(error))
     assert type(back) is kind
     assert str(back) == str(error)
+    assert back.transient is False
+
+
+@pytest.mark.parametrize("kind", [StorageError, ClusterError, RunError])
+def test_what_may_pass_by_itself_still_may_after_the_journey(kind: type[HistoscaleError]) -> None:
+    error = kind("away", remedy="wait", transient=True)
+    assert pickle.loads(pickle.dumps(error)).transient is True
+    assert str(error) == "away. Wait."
 
 
 def test_every_error_stands_in_the_tree_of_the_module() -> None:

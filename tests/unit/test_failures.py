@@ -5,10 +5,10 @@ import re
 
 import pytest
 from ray.exceptions import ActorDiedError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.config import FailureConfig
-from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from histoscale.cluster.control import ControllerLine
@@ -26,14 +26,22 @@ class FakeLine(ControllerLine):
     def __init__(self) -> None:
         self.step = 0
         self.told: list[str] = []
+        self.released = 0
+
+    def release(self) -> None:
+        self.released += 1
 
     def over(self, kind: Kind, why: str) -> int:
         self.told.append(f"{kind.value} {why}".strip())
         return self.step
 
+    def wait(self, why: str) -> None:
+        self.told.append(why)
+
 
 def policy(line: FakeLine, crashes: int = 100, preemptions: int = 100) -> RunFailurePolicy:
-    return RunFailurePolicy(FailureConfig(max_failures=crashes, max_preemption_failures=preemptions), line)
+    budgets = FailureConfig(max_failures=crashes, max_preemption_failures=preemptions)
+    return RunFailurePolicy(budgets, line, line.release)
 
 
 def crash(text: str = "out of memory") -> WorkerGroupError:
@@ -113,9 +121,21 @@ def test_a_dead_worker_is_what_happened_whatever_the_others_tell_of_it() -> None
     ],
 )
 def test_a_run_without_a_diagnosis_names_its_budget(error: TrainingFailedError, said: str) -> None:
-    assert re.search(said, str(explain(error, 5, 9)))
+    explained = explain(error, 5, 9)
+    assert isinstance(explained, RunError)
+    assert re.search(said, str(explained))
+    assert explained.transient == ("taken away" in said), "a spot market may have nodes again"
 
 
 def test_a_diagnosis_is_what_the_run_ends_with() -> None:
     diagnosis = RecipeError("odd")
     assert explain(WorkerGroupError("", {0: diagnosis}), 5, 9) is diagnosis
+
+
+def test_waiting_for_nodes_costs_nothing_and_is_no_crash() -> None:
+    line = FakeLine()
+    decide = policy(line, crashes=0, preemptions=0)
+    for _ in range(50):
+        assert decide.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2))) is FailureDecision.RETRY
+    assert line.told == ["waiting for nodes that the workers fit on"] * 50
+    assert line.released == 50, "readers of the attempt before must not take the workers' CPUs"

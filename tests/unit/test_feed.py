@@ -118,6 +118,18 @@ def test_every_rank_gets_its_replicas_step_by_step_across_windows(workers: int, 
         assert share.opened == list(spec.windows(start))
 
 
+def test_readers_may_begin_before_the_first_tiles_are_asked_for() -> None:
+    share = FakeShare(workers=1)
+    feed = RankFeed(feed_spec(64, window_blocks=32), share, 3)
+    feed.begin()
+    deadline_s = time.monotonic() + 10.0  # a thread opens it
+    while not share.opened and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert share.opened == [range(3, 32)]
+    assert [m is not None for m in feed.micro_batches(3)] == [True] * 4
+    assert share.opened == [range(3, 32)]
+
+
 def test_the_next_window_is_opened_beside_the_present_one() -> None:
     share = FakeShare(workers=1)
     feed = RankFeed(feed_spec(64, window_blocks=32), share, 0)

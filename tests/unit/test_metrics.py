@@ -135,3 +135,15 @@ def test_what_a_bucket_does_not_take_is_published_with_the_next_commit(
     writer.close()
     assert [json.loads(line)["step"] for line in (tmp_path / METRICS_KEY).read_text().splitlines()] == [0, 1]
     assert list((tmp_path / "events").iterdir())
+
+
+def test_metrics_of_a_run_that_another_job_has_are_not_published(tmp_path: Path) -> None:
+    store = AwayBucket(tmp_path)
+    store.away = False
+    writer = MetricsWriter(store, 0)
+    writer.write(0, {"a": 1.0})
+    theirs = b'{"step": 0, "a": 2.0}\n'
+    store.put(METRICS_KEY, theirs)
+    writer.close(publish=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {METRICS_KEY: theirs}
+    assert not writer._directory.exists()

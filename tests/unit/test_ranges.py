@@ -19,6 +19,7 @@ from botocore.exceptions import (
     IncompleteReadError,
     NoCredentialsError,
     ReadTimeoutError,
+    ResponseStreamingError,
     SSLError,
 )
 from obstore import exceptions
@@ -26,6 +27,7 @@ from obstore import exceptions
 from histoscale.errors import StorageError
 from histoscale.storage import open_store, ranges_local, ranges_retry, s3_errors
 from histoscale.storage.ranges import ObjectChanged, RangeRequest, RangeStats, open_ranges
+from histoscale.storage.ranges_s3 import S3Ranges
 
 DATA = random.Random(0).randbytes(100_000)
 ENDPOINT = "http://host:1"
@@ -287,3 +289,14 @@ def test_the_words_of_obstore_become_those_of_boto3(error: Exception, code: str)
     translated = ranges_retry.in_boto_terms(error, ENDPOINT)
     assert s3_errors.code(translated) == code
     assert "S24" not in str(translated)
+
+
+@pytest.mark.parametrize(
+    "error", [IncompleteReadError(actual_bytes=1, expected_bytes=2), ResponseStreamingError(error="")]
+)
+def test_answers_that_keep_breaking_off_may_pass_by_themselves(error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "s", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    diagnosis = S3Ranges("bucket", "p", 1)._diagnosis(error, 8)
+    assert "broke off 8 times" in str(diagnosis)
+    assert diagnosis.transient

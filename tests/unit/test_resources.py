@@ -37,17 +37,24 @@ def test_workers_readers_and_planner_are_counted() -> None:
 
 def test_the_device_is_what_the_recipe_says_or_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeCluster(monkeypatch, {"CPU": 8.0, "GPU": 2.0})
-    assert resolve_device(ClusterSection()) == "cuda"
-    assert resolve_device(ClusterSection(device="cpu")) == "cpu"
+    assert resolve_device(ClusterSection(), "auto") == "cuda"
+    assert resolve_device(ClusterSection(device="cpu"), "bf16") == "cpu"
     FakeCluster(monkeypatch, {"CPU": 8.0})
-    assert resolve_device(ClusterSection()) == "cpu"
+    assert resolve_device(ClusterSection(), "auto") == "cpu"
 
 
 def test_a_cluster_without_a_node_is_told_the_device_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeCluster(monkeypatch, {"memory": 1.0})
-    assert resolve_device(ClusterSection(device="cuda")) == "cuda"
+    assert resolve_device(ClusterSection(device="cuda"), "bf16") == "cuda"
     with pytest.raises(ClusterError, match=r"tells what to train on.*cluster.device=auto.*--set cluster.device=cuda"):
-        resolve_device(ClusterSection())
+        resolve_device(ClusterSection(), "auto")
+
+
+def test_a_run_in_bf16_is_not_left_to_cpus_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCluster(monkeypatch, {"CPU": 8.0})
+    with pytest.raises(ClusterError, match=r"no node with a GPU.*bf16.*--set cluster.device=cuda, or =cpu"):
+        resolve_device(ClusterSection(), "bf16")
+    assert resolve_device(ClusterSection(device="cpu"), "bf16") == "cpu"
 
 
 def test_room_that_is_there_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,8 +82,9 @@ def test_room_that_others_have_is_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_cluster_that_stays_too_small_is_a_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = FakeCluster(monkeypatch, {"CPU": 4.0})
-    with pytest.raises(ClusterError, match=r"too small.*7 CPU more missing.*3 x \(2 CPU\) and 5 x \(1 CPU\)"):
+    with pytest.raises(ClusterError, match=r"too small.*7 CPU more missing.*3 x \(2 CPU\) and 5 x \(1 CPU\)") as it:
         wait_for_resources(CLUSTER, "cpu", lambda line: None, poll_s=0.01)
+    assert it.value.transient
     assert cluster.removed
 
 

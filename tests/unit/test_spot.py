@@ -215,7 +215,7 @@ class FakeGcs:
         return self.draining
 
 
-def test_a_drain_that_ray_does_not_take_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drain_that_ray_does_not_take_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     notice = Notice("key", "reason", NOW_MS)
     monkeypatch.setattr(RayNode, "find", lambda self: "aa")
     monkeypatch.setattr(spot, "GcsClient", FakeGcs)

@@ -14,6 +14,8 @@ from typing import Any, cast
 import pytest
 from botocore.exceptions import (
     ClientError,
+    ConnectionClosedError,
+    ConnectTimeoutError,
     DataNotFoundError,
     EndpointConnectionError,
     NoCredentialsError,
@@ -81,7 +83,7 @@ def test_listing_follows_links_but_no_loop(store: LocalStore, tmp_path: Path) ->
 
 
 def test_a_failed_write_leaves_the_old_object_and_nothing_else(
-    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.put("o", b"old")
 
@@ -299,8 +301,9 @@ def test_answers_that_break_off_are_read_again(monkeypatch: pytest.MonkeyPatch) 
         assert s3.S3Store("bucket", "p").get("o") == b"hello"
         for _ in range(s3._BODY_ATTEMPTS):
             stubber.add_response("get_object", body(b"hel"))
-        with pytest.raises(StorageError, match=r"'o' of s3://bucket/p broke off 4 times"):
+        with pytest.raises(StorageError, match=r"'o' of s3://bucket/p broke off 4 times") as caught:
             s3.S3Store("bucket", "p").get("o")
+    assert caught.value.transient
 
 
 def test_a_download_shorter_than_its_listing_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -312,13 +315,17 @@ def test_a_download_shorter_than_its_listing_is_refused(monkeypatch: pytest.Monk
     assert not list(tmp_path.iterdir())
 
 
-def test_objects_of_a_batch_that_cannot_be_deleted_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("code", "transient"), [("AccessDenied", False), ("InternalError", True), ("SlowDown", True)])
+def test_objects_of_a_batch_that_cannot_be_deleted_are_counted(
+    monkeypatch: pytest.MonkeyPatch, code: str, transient: bool
+) -> None:
     with replayed(monkeypatch) as stubber:
         entry = {"Key": "p/a/b", "Size": 1, "ETag": '"e"'}
         stubber.add_response("list_objects_v2", {"Contents": [entry], "IsTruncated": False})
-        stubber.add_response("delete_objects", {"Errors": [{"Key": "p/a/b", "Code": "AccessDenied"}]})
-        with pytest.raises(StorageError, match=r"1 objects of s3://bucket/p cannot be deleted \(got 'AccessDenied'\)"):
+        stubber.add_response("delete_objects", {"Errors": [{"Key": "p/a/b", "Code": code}]})
+        with pytest.raises(StorageError, match=rf"1 objects of s3://bucket/p cannot be deleted \(got '{code}'\)") as it:
             s3.S3Store("bucket", "p").delete_prefix("a")
+    assert it.value.transient is transient
 
 
 def test_aws_keeps_its_host_per_bucket_and_other_servers_get_paths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,8 +350,9 @@ def test_settings_that_boto3_cannot_use_are_named(
         open_store("s3://bucket/p").get("o")
 
 
-def refusal(code: str) -> ClientError:
-    return ClientError({"Error": {"Code": code, "Message": "S24-0123"}}, "GetObject")
+def refusal(code: str, status: int = 400) -> ClientError:
+    answer = {"Error": {"Code": code, "Message": "S24-0123"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(cast(Any, answer), "GetObject")
 
 
 @pytest.mark.parametrize(
@@ -370,3 +378,35 @@ def test_every_failure_of_boto3_has_a_diagnosis_without_the_key(error: Any, word
     text = str(s3_errors.diagnosis(error, "bucket", "s3://bucket/p", "https://h"))
     assert words.lower() in text.lower()
     assert "S24" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (EndpointConnectionError(endpoint_url="https://h"), True),
+        (ConnectionClosedError(endpoint_url="https://h"), True),
+        (ReadTimeoutError(endpoint_url="https://h"), True),
+        (ConnectTimeoutError(endpoint_url="https://h"), True),
+        (refusal("SlowDown", 503), True),
+        (refusal("429", 429), True),
+        (refusal("ThrottlingException"), True),
+        (refusal("InternalError", 500), True),
+        (refusal("RequestTimeout", 400), True),
+        (refusal("524", 524), True),
+        (refusal("502", 502), True),
+        (refusal("NotImplemented", 501), False),
+        (refusal("QuotaExceeded", 507), False),
+        (refusal("507", 507), False),
+        (refusal("NoSuchBucket", 404), False),
+        (refusal("AccessDenied", 403), False),
+        (refusal("ExpiredToken", 400), False),
+        (refusal("RequestTimeTooSkewed", 403), False),
+        (refusal("EntityTooLarge", 400), False),
+        (NoCredentialsError(), False),
+        (SSLError(endpoint_url="https://h", error=OSError()), False),
+        (ParamValidationError(report="x"), False),
+        (DataNotFoundError(data_path="x"), False),
+    ],
+)
+def test_what_passes_by_itself_is_told_from_what_somebody_must_mend(error: Any, transient: bool) -> None:
+    assert s3_errors.diagnosis(error, "bucket", "s3://bucket/p", "https://h").transient is transient

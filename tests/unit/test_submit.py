@@ -44,6 +44,8 @@ def failed(exit_code: int | None, message: str = "") -> JobState:
         (JobState("STOPPED", COMMAND), True, 5, Step.DONE, 0),
         (failed(2), True, 5, Step.DONE, 2),
         (failed(127), True, 5, Step.DONE, 127),
+        (failed(75), True, 5, Step.RETRY, 75),
+        (failed(75), True, 0, Step.GIVE_UP, 75),
         (failed(-2), True, 5, Step.DONE, 130),
         (failed(1), True, 5, Step.RETRY, 1),
         (failed(1), True, 0, Step.GIVE_UP, 1),
@@ -200,6 +202,16 @@ def test_the_budget_ends_retries_but_work_in_between_renews_it() -> None:
     told = story(failed(2))
     assert told.run() == 2
     assert told.clusters["http://a"].submitted == ["job"]
+
+
+def test_a_job_that_ended_with_what_may_pass_is_submitted_again_within_the_same_budget() -> None:
+    told = story(failed(75), SUCCEEDED)
+    assert told.run() == 0
+    assert told.clusters["http://a"].submitted == ["job", "job-2"]
+    assert "job job failed with exit status 75, of what may pass by itself" in told.lines
+    told = story(*[failed(75)] * 3)
+    assert told.run() == 75
+    assert told.lines[-1].startswith("gave up: 2 retries")
 
 
 def test_another_address_is_asked_at_once_at_first_and_after_a_while_for_a_job_that_may_still_run() -> None:

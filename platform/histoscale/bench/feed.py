@@ -176,7 +176,7 @@ class _PlainReader:
     def __init__(self, tiles: int) -> None:
         self._tiles = np.zeros(tiles * 392 * 392 * 3, np.uint8)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, _: pa.Table) -> pa.Table:
         buffers = [None, pa.py_buffer(np.array([0, self._tiles.nbytes])), pa.py_buffer(self._tiles)]
         return pa.table({"tiles": pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers)})
 

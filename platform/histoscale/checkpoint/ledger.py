@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from histoscale.errors import CheckpointError
+from histoscale.sampling.plan import MAX_ATTEMPTS
+from histoscale.storage.json_object import count_of, decode_json, text_of
 from histoscale.storage.store import Store
 from histoscale.stream.faults import Fault
 
 FOLDER = "ledger/"
+_REMEDY = "restore it, and do not edit the ledger folder; without it the run's samples cannot be proven"
 
 Run = tuple[int, int]
 """First sample id and count of consecutive ones."""
@@ -32,6 +35,15 @@ class StepRecord:
     step: int
     samples: tuple[Run, ...]
     faults: tuple[Fault, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line of a ledger."""
+
+    step: int
+    samples: list[Run]
+    replaced: list[Replacement]
 
 
 _LEDGER = re.compile(r"ledger/step-(\d{8,})-(\d{8,})\.jsonl")
@@ -81,34 +93,55 @@ def read_history(store: Store, stop: int) -> Iterator[tuple[int, list[Run]]]:
     """Steps 0 to `stop - 1` in order, each with its samples; `stop` is the step of a commit.
 
     Raises:
-        CheckpointError: The ledgers do not cover each of these steps exactly once.
+        CheckpointError: The ledgers do not cover each of these steps exactly once, or are damaged.
     """
     for entry in _entries(store, stop):
-        yield entry["step"], [(int(first), int(count)) for first, count in entry["samples"]]
+        yield entry.step, entry.samples
 
 
 def read_replacements(store: Store, stop: int) -> Iterator[tuple[int, list[Replacement]]]:
     """As `read_history`, with the attempts that the content refused instead of the samples."""
     for entry in _entries(store, stop):
-        replaced = entry.get("replaced", [])
-        yield entry["step"], [(int(k), int(attempt), slide_id, reason) for k, attempt, slide_id, reason in replaced]
+        yield entry.step, entry.replaced
 
 
-def _entries(store: Store, stop: int) -> Iterator[dict[str, Any]]:
+def _entries(store: Store, stop: int) -> Iterator[_Entry]:
     expected = 0
     for start, end, key in _ledgers(store):
         if end > stop:
             continue
-        for line in store.get(key).decode().splitlines():
-            entry = json.loads(line)
-            if entry["step"] != expected:
-                raise _gap(expected, entry["step"])
+        for number, line in enumerate(store.get(key).splitlines(), start=1):
+            entry = decode_json(
+                line,
+                _decode,
+                kind=CheckpointError,
+                what=f"line {number} of {key} is damaged",
+                expected="a step, its samples and those that were replaced",
+                remedy=_REMEDY,
+            )
+            if entry.step != expected:
+                raise _gap(expected, entry.step)
             yield entry
             expected += 1
         if expected != end or start >= end:
             raise _gap(expected, end)
     if expected != stop:
         raise _gap(expected, stop)
+
+
+def _decode(values: Any) -> _Entry:  # noqa: ANN401 - what a damaged line holds may be anything
+    """A line as it was written; see `decode_json` for what else may be raised."""
+    if not {"step", "samples"} <= values.keys() <= {"step", "samples", "replaced"}:
+        raise ValueError("a name that is none of ours")
+    samples = [(count_of(first), count_of(count)) for first, count in values["samples"]]
+    replaced = [
+        (count_of(sample_id), count_of(attempt), text_of(slide_id), text_of(reason))
+        for sample_id, attempt, slide_id, reason in values.get("replaced", [])
+    ]
+    for sample_id, attempt, _, _ in replaced:
+        if attempt > MAX_ATTEMPTS or not any(first <= sample_id < first + count for first, count in samples):
+            raise ValueError("an attempt that cannot be, or at a sample of another step")
+    return _Entry(count_of(values["step"]), samples, replaced)
 
 
 def delete_after(store: Store, stop: int) -> None:
@@ -128,5 +161,5 @@ def _gap(expected: int, found: int) -> CheckpointError:
         "the ledger does not cover the committed steps once each",
         value=found,
         expected=f"step {expected}",
-        remedy="do not edit the ledger folder; the run's samples can no longer be proven",
+        remedy=_REMEDY,
     )

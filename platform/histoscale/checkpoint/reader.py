@@ -199,7 +199,7 @@ def load_into(
             starts_byte = _tensor_starts_byte(store, commit, shard) if wanted else {}
             for kind, copies in wanted.items():
                 if kind not in starts_byte:
-                    raise _corrupt(commit, commit.folder + shard.name)
+                    raise _corrupt(commit.folder + shard.name)
                 fill = partial(_fill, store, commit, shard, kind, starts_byte[kind], copies)
                 for _ in pool.map(fill, _block_runs(_blocks_of(shard, copies))):
                     pass
@@ -237,7 +237,7 @@ def read_manifest(store: Store, commit: Commit) -> Manifest:
     with _files_of(store, commit, key):
         data = store.get(key)
     if zlib.crc32(data) != commit.manifest_crc32:
-        raise _corrupt(commit, key)
+        raise _corrupt(key)
     return decode_manifest(data, key)
 
 
@@ -308,7 +308,7 @@ def _fill(
     with _files_of(store, commit, key):
         data = store.get_range(key, data_start_byte + low * BYTES_PER_ELEMENT, (high - low) * BYTES_PER_ELEMENT)
     if block_checksums(memoryview(data), shard.block_elements) != shard.crc32[kind][first : last + 1]:
-        raise _corrupt(commit, key)
+        raise _corrupt(key)
     values = torch.frombuffer(bytearray(data), dtype=torch.float32)
     for copy in copies:
         start, stop = max(copy.start, low), min(copy.stop, high)
@@ -323,13 +323,13 @@ def _tensor_starts_byte(store: Store, commit: Commit, shard: Shard) -> dict[str,
         with _files_of(store, commit, key):
             header_bytes = int.from_bytes(store.get_range(key, 0, 8), "little")
             if header_bytes > shard.size_bytes:
-                raise _corrupt(commit, key)
+                raise _corrupt(key)
             header = json.loads(store.get_range(key, 8, header_bytes))
         starts = {kind: 8 + header_bytes + int(header[kind]["data_offsets"][0]) for kind in shard.crc32}
     except (ValueError, LookupError, TypeError) as error:
-        raise _corrupt(commit, key) from error
+        raise _corrupt(key) from error
     if min(starts.values(), default=0) < 0:
-        raise _corrupt(commit, key)
+        raise _corrupt(key)
     return starts
 
 
@@ -391,5 +391,5 @@ def _files_of(store: Store, commit: Commit, key: str) -> Iterator[None]:
         raise CorruptCheckpoint(f"{key} is missing or truncated", remedy=START_AGAIN) from error
 
 
-def _corrupt(commit: Commit, key: str) -> CorruptCheckpoint:
+def _corrupt(key: str) -> CorruptCheckpoint:
     return CorruptCheckpoint(f"{key} is corrupt: its checksum differs", remedy=START_AGAIN)

@@ -2,7 +2,8 @@
 
 Only the marker makes a checkpoint exist. Whatever is killed before it leaves a folder that nobody reads and that the
 next commit removes. Shards and commit are written by a thread beside training; the ranks agree between two steps,
-and only there, for the thread must not use the process group that training uses.
+and only there, for the thread must not use the process group that training uses. A run that another job has by now is
+not committed to: a fence is asked before anything of it is removed, and before the marker.
 """
 
 import logging
@@ -29,13 +30,20 @@ from histoscale.checkpoint.manifest import (
 )
 from histoscale.checkpoint.retention import Retention, discard_after, remove_retired
 from histoscale.checkpoint.shard import HostShard
-from histoscale.errors import CheckpointError, HistoscaleError, StorageError
+from histoscale.errors import CheckpointError, HistoscaleError, RunError, StorageError
 from histoscale.storage.store import Store
 from histoscale.stream.faults import Quarantined
 
 T = TypeVar("T")
 
+Fence = Callable[[], None]
+"""Raises a RunError where another job has the run by now."""
+
 _log = logging.getLogger(__name__)
+
+
+def unfenced() -> None:
+    """The fence of a run that no other job can take over."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +91,20 @@ class CheckpointWriter:
     """Writes checkpoints beside training, one at a time. Every method is collective: all ranks call it alike.
 
     A checkpoint that could not be written does no harm to the run: the next one takes its place. So many failures in a
-    row as `max_failed` are the end of it.
+    row as `max_failed` are the end of it, and so is the first refusal of the fence.
 
     Args:
         store: The run folder.
         retention: Which commits stay.
         max_failed: So many failures in a row are an error.
+        fence: Asked on rank 0 before the run folder's commits, ledgers and metrics are touched.
     """
 
-    def __init__(self, store: Store, retention: Retention, max_failed: int) -> None:
+    def __init__(self, store: Store, retention: Retention, max_failed: int, fence: Fence = unfenced) -> None:
         self._store = store
         self._retention = retention
         self._max_failed = max_failed
+        self._fence = fence
         self._failed = 0
         self._flight: _Flight | None = None
         # One thread: a rank's shard and rank 0's commit never run at once.
@@ -112,11 +122,11 @@ class CheckpointWriter:
 
         Args:
             snapshot: Of this rank.
-            first: What this rank does before its shard is written, beside training too: it has ended, well or not, when
-                the commit comes to be.
+            first: What rank 0 does before its shard is written, beside training too: it has ended, well or not, when
+                the commit comes to be. Left out where the fence refuses.
         """
         if first is not None:
-            self._thread.submit(first)
+            self._thread.submit(self._fenced, first)
         folder = folder_prefix(snapshot.step, on_first_rank(lambda: secrets.token_hex(4)))
         shard: Future[Shard] = Future()
         try:
@@ -135,6 +145,7 @@ class CheckpointWriter:
 
         Raises:
             StorageError: It failed, the last of too many in a row; the same on every rank.
+            RunError: Another job has the run by now; the same on every rank.
         """
         try:
             return self._move_on(wait)
@@ -152,6 +163,7 @@ class CheckpointWriter:
 
         Raises:
             StorageError: It failed; the same on every rank.
+            RunError: Another job has the run by now; the same on every rank.
             CheckpointError: There is none in flight.
         """
         commit = self._move_on(wait=True)
@@ -165,6 +177,9 @@ class CheckpointWriter:
             return None
         try:
             commit = self._advance(flight, wait)
+        except RunError:
+            self._flight = None
+            raise
         except HistoscaleError as error:
             self._flight = None
             self._failed += 1
@@ -173,6 +188,7 @@ class CheckpointWriter:
                 value=error.value,
                 expected=error.expected,
                 remedy=error.remedy,
+                transient=error.transient,
             ) from error
         if commit is not None:
             self._flight = None
@@ -201,13 +217,18 @@ class CheckpointWriter:
         return self._beside(lambda: self._commit(flight, shards, records))
 
     def _commit(self, flight: _Flight, shards: tuple[Shard, ...], records: Sequence[StepRecord]) -> Commit:
-        commit = commit_shards(self._store, flight.folder, flight.snapshot, shards, records)
+        commit = commit_shards(self._store, flight.folder, flight.snapshot, shards, records, self._fence)
         try:
+            self._fence()  # folders that no marker names may be another job's by now
             remove_retired(self._store, self._retention)
         except (StorageError, CheckpointError) as error:
             # The run is committed; what could not be removed is tried again at the next commit.
             _log.warning("old checkpoints could not be removed: %s", error)
         return commit
+
+    def _fenced(self, work: Callable[[], None]) -> None:
+        self._fence()
+        work()
 
     def _beside(self, work: Callable[[], T]) -> Future[T]:
         return self._thread.submit(_diagnosed, work)
@@ -225,7 +246,12 @@ def write_checkpoint(store: Store, snapshot: Snapshot, keep_last: int) -> Commit
 
 
 def commit_shards(
-    store: Store, folder: str, snapshot: Snapshot, shards: tuple[Shard, ...], records: Sequence[StepRecord]
+    store: Store,
+    folder: str,
+    snapshot: Snapshot,
+    shards: tuple[Shard, ...],
+    records: Sequence[StepRecord],
+    fence: Fence = unfenced,
 ) -> Commit:
     """Make shards that are whole a checkpoint; for one rank.
 
@@ -235,12 +261,17 @@ def commit_shards(
         snapshot: What the commit says.
         shards: Of all ranks.
         records: Of all ranks, merged: one for each step since the last commit.
+        fence: Asked before anything is removed, and before the marker.
+
+    Raises:
+        RunError: The fence refuses; there is no marker.
     """
+    manifest = encode(Manifest(snapshot.shapes, shards))
+    store.put(folder + MANIFEST_NAME, manifest)
+    fence()
     if records:
         # A commit that seemed to fail may have left its ledger, or even its marker, when only the answer was lost.
         discard_after(store, records[0].step)
-    manifest = encode(Manifest(snapshot.shapes, shards))
-    store.put(folder + MANIFEST_NAME, manifest)
     commit = Commit(
         step=snapshot.step,
         images_seen=snapshot.images_seen,
@@ -253,6 +284,7 @@ def commit_shards(
         quarantine=_quarantine(snapshot.quarantine, records),
         teacher=snapshot.teacher,
     )
+    fence()
     store.put(marker_key(snapshot.step), encode(commit))
     return commit
 

@@ -98,6 +98,7 @@ class Told:
         news: What became of an attempt: why it ends, what a restart took.
         members: Of the attempt that runs.
         silent: Those of them that gave no sign of life for longer than the driver bears.
+        quiet_s: Since these have begun, or have last told of a step; 0 while nothing runs.
     """
 
     progress: list[Progress]
@@ -105,6 +106,7 @@ class Told:
     news: list[News]
     members: list[Member]
     silent: list[Member]
+    quiet_s: float = 0.0
 
 
 class RunControl:
@@ -121,12 +123,13 @@ class RunControl:
         self._progress: list[Progress] = []
         self._faults: list[Fault] = []
         self._news: list[News] = []
-        self._attempt = ""
+        self._attempts = 0
+        self._attempt_over = True
         self._members: dict[int, tuple[Member, float]] = {}
         self._last: tuple[Progress, float] | None = None
         self._told_at_s: deque[float] = deque(maxlen=_STEPS_TIMED)
         self._restart_s = 0.0
-        self._began_s = now()
+        self._began_s = self._heard_s = now()
 
     def want(self, wish: Wish) -> None:
         """The driver's wish, which rank 0 learns with the answer to its next message."""
@@ -145,16 +148,22 @@ class RunControl:
                 f"the workers commit and start again: {reason}", kind if kind is Kind.PREEMPTION_NOTICE else None
             )
 
-    def enlist(self, attempt: str, member: Member) -> None:
-        """A worker of an attempt is ready; the first of a new attempt ends what was asked of the one before."""
-        if attempt != self._attempt:
-            self._attempt, self._members, self._restart = attempt, {}, None
-            self._told_at_s.clear()
-        self._members[member.rank] = (member, self._now())
+    def enlist(self, member: Member) -> int:
+        """A worker has started; answers the number of its attempt.
 
-    def beat(self, attempt: str, rank: int) -> None:
+        The first one after the end of an attempt begins the next, which ends what was asked of the one before.
+        """
+        if self._attempt_over:
+            self._attempts, self._attempt_over = self._attempts + 1, False
+            self._members, self._restart = {}, None
+            self._told_at_s.clear()
+            self._heard_s = self._now()
+        self._members[member.rank] = (member, self._now())
+        return self._attempts
+
+    def beat(self, attempt: int, rank: int) -> None:
         """A sign of life."""
-        if attempt == self._attempt and rank in self._members:
+        if attempt == self._attempts and rank in self._members:
             self._members[rank] = (self._members[rank][0], self._now())
 
     def tell(self, progress: Progress) -> Wish:
@@ -169,6 +178,7 @@ class RunControl:
                 f"restarted on {len(self._members)} workers in {self._restart_s:.0f} s, {redone} steps done again", None
             )
         self._told_at_s.append(now_s)
+        self._heard_s = now_s
         self._last = (progress, now_s)
         self._progress.append(progress)
         if self._wish is Wish.GO_ON and self._restart is not None:
@@ -196,8 +206,13 @@ class RunControl:
             self._report("", kind, why)
         else:
             self._report(why, kind)
-        self._members = {}
+        self._end_attempt()
         return self._step()
+
+    def wait(self, why: str) -> None:
+        """Workers could not be started, for want of nodes, and are started again."""
+        self._report(why, None)
+        self._end_attempt()
 
     def last_step(self) -> tuple[int, float] | None:
         """Steps done when progress was last told, and the seconds since then; None before the first."""
@@ -222,12 +237,16 @@ class RunControl:
             self._news,
             [member for member, _ in members],
             [member for member, heard_s in members if now_s - heard_s > silence_s],
+            now_s - self._heard_s if members else 0.0,
         )
         self._progress, self._faults, self._news = [], [], []
         return told
 
     def _report(self, text: str, kind: Kind | None, reason: str = "") -> None:
         self._news.append(News(text, kind, self._step(), len(self._members), reason or text))
+
+    def _end_attempt(self) -> None:
+        self._members, self._attempt_over = {}, True
 
     def _step(self) -> int:
         return self._last[0].step if self._last is not None else 0
@@ -244,15 +263,15 @@ class Pulse:
 
     Args:
         control: Where they go.
-        attempt: Name of the attempt.
         rank: The worker's.
     """
 
-    def __init__(self, control: ControlHandle, attempt: str, rank: int) -> None:
+    def __init__(self, control: ControlHandle, rank: int) -> None:
         context = ray.get_runtime_context()
-        self._control, self._attempt, self._rank = control, attempt, rank
+        self._control, self._rank = control, rank
         self._over = threading.Event()
-        ray.get(control.enlist.remote(attempt, Member(rank, context.get_node_id(), context.current_actor)))
+        member = Member(rank, context.get_node_id(), context.current_actor)
+        self._attempt: int = ray.get(control.enlist.remote(member))
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 
     def _beat(self) -> None:
@@ -297,6 +316,10 @@ class ControllerLine:
         """The attempt has ended; returns the last step that was told, 0 where that is not known."""
         step: int | None = self._ask(self._control.over.remote(kind, why))
         return step or 0
+
+    def wait(self, why: str) -> None:
+        """Workers could not be started, for want of nodes, and are started again."""
+        self._control.wait.remote(why)
 
     def outlook(self) -> Outlook | None:
         """Where the run stands, if it is known."""

@@ -80,7 +80,8 @@ def worthwhile(outlook: Outlook, target: int, replicas: int, horizon_s: float) -
     return Resize(
         target,
         f"from {outlook.workers} to {target} workers: {then} turns a step instead of {now} save {saved_s:.0f} s of the "
-        f"next {ahead_s:.0f} s, a restart takes {outlook.restart_s:.0f} s",
+        f"next {ahead_s:.0f} s (cluster.resize_horizon_s, or the rest of the run), a restart takes "
+        f"{outlook.restart_s:.0f} s",
     )
 
 

@@ -1,12 +1,14 @@
 """Which failures of a worker group are worth another attempt, and at whose expense."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy, _is_preemption_failure
 from ray.train.v2.api.config import FailureConfig
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from histoscale.cluster.control import ControllerLine
 from histoscale.cluster.elasticity import MAX_REPEATS, CrashHistory
@@ -53,18 +55,26 @@ class RunFailurePolicy(DefaultFailurePolicy):
     A diagnosis ends the run at once, as another attempt would only repeat it; so does a crash that every attempt
     repeats at the same step. An attempt that ended itself to start again costs nothing.
 
+    Nor does waiting for nodes: there is no telling when a spot market has some again.
+
     Args:
         failure_config: The budgets.
         line: To the run's control, which tells the driver what happened.
+        release: Lets go of what the attempt that has ended holds of the cluster beside its workers.
     """
 
-    def __init__(self, failure_config: FailureConfig, line: ControllerLine) -> None:
+    def __init__(self, failure_config: FailureConfig, line: ControllerLine, release: Callable[[], None]) -> None:
         super().__init__(failure_config)
         self._line = line
+        self._release = release
         self._crashes = CrashHistory()
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Whether there is another attempt."""
+        self._release()
+        if _waits_for_nodes(training_failed_error):
+            self._line.wait("waiting for nodes that the workers fit on")
+            return FailureDecision.RETRY
         if found_in(training_failed_error, Yielded) is not None:
             self._line.over(Kind.RESTART, "")
             return FailureDecision.RETRY
@@ -85,6 +95,10 @@ class RunFailurePolicy(DefaultFailurePolicy):
             )
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
+
+
+def _waits_for_nodes(error: TrainingFailedError) -> bool:
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
 
 
 def describe_crash(error: TrainingFailedError) -> str:
@@ -116,4 +130,5 @@ def explain(error: TrainingFailedError, max_failures: int, max_preemptions: int)
         value=describe_crash(error),
         expected="nodes that stay longer" if preempted else "workers that live",
         remedy=_REMEDY,
+        transient=preempted,
     )

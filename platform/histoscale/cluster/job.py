@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import ray
+from ray.exceptions import AuthenticationError, RayError
 
 from histoscale.errors import ClusterError, HistoscaleError
 from histoscale.storage import open_store
 
 DIAGNOSED = 2
+TRANSIENT = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130
 MIN_LOCAL_CPUS = 8  # logical: a trainer, its readers and the job must fit on a laptop with two cores
 
@@ -29,14 +31,15 @@ _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def run_job(main: Callable[[], None]) -> NoReturn:
-    """Run a job's main function; a diagnosis becomes the last line and exit status 2."""
+    """Run a job's main function; a diagnosis becomes the last line and exit status 2, or 75 where it may pass."""
     try:
         main()
     except HistoscaleError as error:
         ray.shutdown()
         sys.stdout.flush()
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(DIAGNOSED)
+        may_pass = " This may pass by itself: run the same command again." if error.transient else ""
+        sys.stderr.write(f"error: {error}{may_pass}\n")
+        sys.exit(TRANSIENT if error.transient else DIAGNOSED)
     except KeyboardInterrupt:
         ray.shutdown()
         sys.stderr.write("interrupted: run the same command again to go on\n")
@@ -48,14 +51,16 @@ def connect() -> None:
     """Join the cluster of this job, or start one on this machine when the script is run directly.
 
     Raises:
-        ClusterError: `RAY_ADDRESS` names a cluster that does not answer.
+        ClusterError: `RAY_ADDRESS` names a cluster that does not answer or refuses the token, or none can be started.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports every start, end and missing bar
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except AuthenticationError as error:
+            raise token_refused("the Ray cluster", address) from error
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             raise ClusterError(
                 "the Ray cluster does not answer",
                 value=address,
@@ -65,13 +70,39 @@ def connect() -> None:
         return
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    ray.init(
-        address="local",
-        num_cpus=max(MIN_LOCAL_CPUS, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(MIN_LOCAL_CPUS, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except AuthenticationError as error:
+        raise token_refused("the Ray cluster that was started here", "local") from error
+    except Exception as error:  # Ray's own are bare ones where a process of it does not come up
+        raise ClusterError(
+            "Ray cannot be started on this machine",
+            value=f"{type(error).__name__}: {last_line(error)}",
+            expected="a Ray head of this process",
+            remedy="look at the memory and at the disk of /tmp, end what is left of other heads with `ray stop`, or "
+            "set RAY_ADDRESS to a cluster",
+        ) from error
+
+
+def token_refused(who: str, address: str) -> ClusterError:
+    """The error for a cluster, or its job server, that does not take our token, or gets none."""
+    return ClusterError(
+        f"{who} refuses the token",
+        value=address,
+        expected="the cluster's token, in RAY_AUTH_TOKEN or in the file of RAY_AUTH_TOKEN_PATH",
+        remedy="set it, and RAY_AUTH_MODE=token, where this command runs",
     )
+
+
+def last_line(error: Exception) -> str:
+    """The last line of an error's text, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def inside_a_job() -> bool:

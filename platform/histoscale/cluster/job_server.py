@@ -14,6 +14,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
+from histoscale.cluster.job import last_line, token_refused
 from histoscale.cluster.submit import POLL_S, JobState, Log, Unreachable
 from histoscale.errors import ClusterError
 
@@ -51,7 +52,7 @@ class RayJobServer:
             try:
                 self._client = _TimedClient(address, headers=headers)
             except RuntimeError as error:  # another service, such as the proxy of a head that is away
-                raise Unreachable(_last_line(error)) from error
+                raise Unreachable(last_line(error)) from error
 
     def state(self, submission_id: str) -> JobState | None:
         """What the server knows of a job, or None."""
@@ -111,23 +112,18 @@ class RayJobServer:
         try:
             yield
         except AuthenticationError as error:
-            raise ClusterError(
-                "the job server refuses the token",
-                value=self._address,
-                expected="the cluster's token, in RAY_AUTH_TOKEN or in the file of RAY_AUTH_TOKEN_PATH",
-                remedy="set it, and RAY_AUTH_MODE=token, where this command runs",
-            ) from error
+            raise token_refused("the job server", self._address) from error
         except (requests.ConnectionError, requests.Timeout, ConnectionError, TimeoutError) as error:
             raise Unreachable(type(error).__name__) from error
         except (requests.HTTPError, requests.JSONDecodeError, LookupError) as error:  # likewise a proxy's answers
-            raise Unreachable(_last_line(error)) from error
+            raise Unreachable(last_line(error)) from error
         except (RuntimeError, ValueError, OSError) as error:
             status = _status_in(error)
             if status is not None and status >= 500:  # a head that has just started answers so
-                raise Unreachable(f"status {status}: {_last_line(error)}") from error
+                raise Unreachable(f"status {status}: {last_line(error)}") from error
             raise ClusterError(
                 "the job server does not take the job",
-                value=_last_line(error),
+                value=last_line(error),
                 expected=f"a job that {self._address} accepts",
                 remedy="correct the runtime environment, the folders in it or the address",
             ) from error
@@ -155,10 +151,6 @@ def _headers() -> dict[str, str]:
             remedy=f"correct {_HEADERS}, or unset it",
         )
     return headers
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _status_in(error: Exception) -> int | None:

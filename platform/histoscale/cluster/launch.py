@@ -17,7 +17,7 @@ from histoscale.cluster.scaling import GainingSizes
 from histoscale.cluster.watching import Watched, watching
 from histoscale.cluster.worker import WorkerSpec, train_worker
 from histoscale.config.recipe import Recipe
-from histoscale.stream.windows import FeedSpec, start_feed
+from histoscale.stream.windows import FeedMasterHandle, FeedSpec, start_feed
 
 _RESIZE_CHECK_S = 10.0
 
@@ -30,6 +30,11 @@ class Policies:
     failures: FailureConfig
     scaling: ScalingConfig
     line: ControllerLine
+    feed_master: FeedMasterHandle
+
+    def release_feed(self) -> None:
+        """Let the readers of an attempt that has ended go."""
+        self.feed_master.release.remote()
 
 
 class ElasticTorchTrainer(TorchTrainer):
@@ -41,7 +46,7 @@ class ElasticTorchTrainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **keywords: Any) -> Any:  # noqa: ANN401 - Ray's own signature
         policies = self._policies
-        keywords["failure_policy"] = RunFailurePolicy(policies.failures, policies.line)
+        keywords["failure_policy"] = RunFailurePolicy(policies.failures, policies.line, policies.release_feed)
         if policies.scaling.elasticity_enabled:
             recipe = policies.recipe
             keywords["scaling_policy"] = GainingSizes(
@@ -56,8 +61,9 @@ def run_workers(run_uri: str, recipe: Recipe, device: str, start: int, feed: Fee
     Raises:
         HistoscaleError: What no other attempt would mend, or more failures than the recipe allows.
     """
-    control, cluster = start_control(), recipe.cluster
-    spec = WorkerSpec(recipe, run_uri, device, feed, start_feed(feed), control, committed_step=start)
+    control, cluster, feed_master = start_control(), recipe.cluster, start_feed(feed)
+    token = watched.lease.token
+    spec = WorkerSpec(recipe, run_uri, device, feed, feed_master, control, committed_step=start, lease_token=token)
     failures = FailureConfig(
         max_failures=cluster.max_failures,
         max_preemption_failures=cluster.max_preemptions,
@@ -72,7 +78,7 @@ def run_workers(run_uri: str, recipe: Recipe, device: str, start: int, feed: Fee
     with tempfile.TemporaryDirectory(prefix="histoscale-train-") as scratch, watching(control, watched):
         trainer = ElasticTorchTrainer(
             train_worker,
-            Policies(recipe, failures, scaling, ControllerLine(control)),
+            Policies(recipe, failures, scaling, ControllerLine(control), feed_master),
             train_loop_config={"spec": spec},
             torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
             run_config=RunConfig(name="attempt", storage_path=scratch, failure_config=failures),

@@ -213,7 +213,7 @@ def _head_environment(environment: dict[str, str], token: str) -> dict[str, str]
     return environment
 
 
-def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
+def _exit_on_signal(number: int, _: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 

@@ -30,7 +30,7 @@ from histoscale.cluster.run_folder import (
 from histoscale.cluster.segments import next_segments, out_from, read_segments, write_segments
 from histoscale.cluster.watching import Watched
 from histoscale.config.recipe import Recipe
-from histoscale.errors import CheckpointError
+from histoscale.errors import CheckpointError, StorageError
 from histoscale.evaluate.datasets import open_dataset
 from histoscale.models.published import describe_published, load_for
 from histoscale.observe.timeline import Event, Kind, Timeline
@@ -146,7 +146,8 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
     Raises:
         HistoscaleError: Whatever is wrong with the lease, the cluster or the training.
     """
-    device = resolve_device(checked.request.recipe.cluster)
+    stored = read_run(checked.store)
+    device = resolve_device(checked.request.recipe.cluster, (stored or checked.request.recipe).precision)
     with Lease(checked.store, checked.request.holder) as lease:
         while True:
             start = _committed_step(checked.store)
@@ -200,14 +201,16 @@ def _recorded(store: Store, recipe: Recipe, start: int) -> Iterator[Timeline]:
     """Tell the timeline of the run when a job takes it and lets go of it."""
     timeline, workers = Timeline(store), recipe.cluster.worker_bounds[1]
     timeline.tell(Event(Kind.START, time.time(), start, workers))
-    step, reason = start, "the job failed"
+    step, failed = start, True
     try:
         yield timeline
-        step = _committed_step(store)
-        reason = "complete" if step >= recipe.steps else "asked to stop"
+        failed = False
     finally:
-        kind = Kind.END if step >= recipe.steps else Kind.STOP
-        timeline.tell(Event(kind, time.time(), step, workers, reason))
+        # The record of a run is worth less than what ends it: where this fails, the step is the one of the start.
+        with contextlib.suppress(StorageError, CheckpointError):
+            step = _committed_step(store)
+        kind, reason = (Kind.END, "complete") if step >= recipe.steps else (Kind.STOP, "asked to stop")
+        timeline.tell(Event(kind, time.time(), step, workers, "the job failed" if failed else reason))
         timeline.close()
 
 

@@ -18,11 +18,16 @@ _AT_ONCE_S = 1.0  # a cluster that has the room gives it within this time
 _ACCELERATOR_LABEL = "ray.io/accelerator-type"
 
 
-def resolve_device(cluster: ClusterSection) -> str:
+def resolve_device(cluster: ClusterSection, precision: str) -> str:
     """`cuda` or `cpu`: as the recipe says, or by what the cluster has now.
 
+    Args:
+        cluster: Of the recipe.
+        precision: That of the run, where it was begun, else of its recipe.
+
     Raises:
-        ClusterError: It is left to the cluster, which has no node yet.
+        ClusterError: It is left to the cluster, which has no node yet, or none with a GPU for a run that computes in
+            bf16: on CPUs such a run would take weeks without a word.
     """
     if cluster.device != "auto":
         return cluster.device
@@ -35,6 +40,13 @@ def resolve_device(cluster: ClusterSection) -> str:
             value=f"cluster.device={cluster.device}, {there.get('CPU', 0.0):g} CPU and no GPU",
             expected="the device by name where nodes come only when they are asked for",
             remedy="run again with --set cluster.device=cuda, or =cpu: the autoscaler is then asked for such nodes",
+        )
+    if precision == "bf16":
+        raise ClusterError(
+            "no node with a GPU is there for a run in bf16",
+            value=f"cluster.device={cluster.device}",
+            expected="the device by name where nodes come only when they are asked for",
+            remedy="run again with --set cluster.device=cuda, or =cpu to compute on CPUs all the same",
         )
     return "cpu"
 
@@ -85,6 +97,7 @@ def wait_for_resources(
                     value=f"{_lacking(cluster, device)} missing after {cluster.start_timeout_s:g} s",
                     expected=_described(bundles),
                     remedy="add nodes, or lower cluster.workers, cluster.cpus_per_worker or cluster.readers with --set",
+                    transient=True,  # nodes may come later
                 )
     finally:
         remove_placement_group(room)

@@ -5,6 +5,7 @@ out blocks of the right size without pixels. The plan, the feed, its windows and
 """
 
 import os
+import queue
 import resource
 import secrets
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from histoscale.cluster.plan_lines import describe_plan
 from histoscale.config.recipe import Recipe
@@ -141,16 +143,24 @@ def _dealt(simulation: Simulation, plan: PlanSpec) -> Iterator[str]:
     spec = FeedSpec(steps, reader, simulation.recipe.cluster.reader_bounds, read_with=SimulatedReader)
     master, attempt = start_feed(spec), secrets.token_hex(8)
     times_s: list[float] = []
+    feeds: list[RankFeed] = []
 
     def take(rank: int) -> None:
         feed = RankFeed(spec, RankShare(master, attempt, rank, simulation.workers), 0)
+        feeds.append(feed)
         for step in range(steps):
             feed.micro_batches(step)
             times_s.append(time.monotonic())
         feed.close()
 
     start_s = time.monotonic()
-    _in_threads(take, simulation.workers)
+    try:
+        _in_threads(take, simulation.workers)
+    except BaseException:  # cleaned up and raised again
+        for feed in feeds:
+            feed.close()
+        ray.kill(master)  # the other ranks wait for blocks that only come to all of them
+        raise
     first_s, seconds = min(times_s) - start_s, max(times_s) - min(times_s)
     blocks = plan.replicas * -(-steps // plan.chapter_steps)
     rate = blocks / seconds if seconds else 0.0
@@ -163,21 +173,23 @@ def _dealt(simulation: Simulation, plan: PlanSpec) -> Iterator[str]:
 
 
 def _in_threads(work: Callable[[int], None], count: int) -> None:
-    failures: list[Exception] = []
+    """Work in threads until all are done, or one has failed: its error is raised, and nobody waits for the others."""
+    ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def guarded(number: int) -> None:
+        failure: Exception | None = None
         try:
             work(number)
         except Exception as error:  # noqa: BLE001 - raised again where somebody can see it
-            failures.append(error)
+            failure = error
+        ended.put(failure)
 
-    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    for number in range(count):
+        threading.Thread(target=guarded, args=(number,), daemon=True).start()
+    for _ in range(count):
+        failure = ended.get()
+        if failure is not None:
+            raise failure
 
 
 def _peak_gb() -> float:

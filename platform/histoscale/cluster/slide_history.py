@@ -1,6 +1,5 @@
 """Which steps, and so which checkpoints, of a run have seen a slide: from the plan, read backwards, and the ledger."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from histoscale.checkpoint.ledger import read_replacements
 from histoscale.checkpoint.manifest import FOLDER, Commit, marker_step
 from histoscale.checkpoint.parent import Parent, read_parent
 from histoscale.checkpoint.reader import require_commit
-from histoscale.cluster.run_folder import INDEX_KEY, require_run
+from histoscale.cluster.run_folder import recorded_index, require_run
 from histoscale.cluster.segments import out_from, read_segments
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
@@ -67,8 +66,7 @@ def slide_history(store: Store, slide_id: str) -> SlideHistory:
     """
     recipe = require_run(store)
     commit = require_commit(store)
-    index = json.loads(store.get(INDEX_KEY))
-    catalogue = open_catalogue(index["index"], index["snapshot_id"])
+    catalogue = open_catalogue(*recorded_index(store))
     row = catalogue.row_of(slide_id)
     samples = _samples(store, commit, _plan(store, commit, PlanSpec.from_recipe(recipe), catalogue), row)
     steps = sorted(step for info in store.list(FOLDER) if (step := marker_step(info.key)) is not None)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import yaml
 
-from histoscale.cluster.job import DIAGNOSED, INTERRUPTED
+from histoscale.cluster.job import DIAGNOSED, INTERRUPTED, TRANSIENT
 from histoscale.errors import ClusterError
 
 POLL_S = 2.0
@@ -26,7 +26,7 @@ STAY_S = 30.0
 _FAILED = 1
 _SUBMISSION_ID = re.compile(r"[A-Za-z0-9._-]+")
 _LINE_EVERY_S = 30.0
-# Exit statuses that another attempt would only repeat: diagnoses, commands that do not run, an interrupt.
+# Exit statuses that another attempt would only repeat: lasting diagnoses, commands that do not run, an interrupt.
 _FINAL = (DIAGNOSED, 126, 127, INTERRUPTED)
 
 
@@ -89,7 +89,8 @@ def decide(job: JobState | None, submitted: bool, retries_left: int) -> Decision
     status = job.exit_code if job.exit_code >= 0 else 128 - job.exit_code  # as a shell says it
     if status in _FINAL:
         return Decision(Step.DONE, f"ended with exit status {status}", status)
-    return _again(f"failed with exit status {status}", status, retries_left)
+    passing = ", of what may pass by itself" if status == TRANSIENT else ""
+    return _again(f"failed with exit status {status}{passing}", status, retries_left)
 
 
 def _again(why: str, status: int, retries_left: int) -> Decision:

@@ -1,6 +1,7 @@
 """What the driver does while the workers run: it shows progress, and passes on why they should stop or start again."""
 
 import contextlib
+import logging
 import signal
 import threading
 import time
@@ -10,6 +11,7 @@ from types import FrameType
 
 import ray
 from ray._private.state import state
+from ray.exceptions import RayError
 
 from histoscale.cluster.bad_slides import BadSlides
 from histoscale.cluster.control import ControlHandle, Member, Progress, Told, Wish
@@ -17,7 +19,9 @@ from histoscale.cluster.lease import Lease
 from histoscale.observe.timeline import Event, Kind, Timeline
 
 _POLL_S = 0.5
+_log = logging.getLogger(__name__)
 _NODES_EVERY_S = 2.0
+_QUIET_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ def watching(control: ControlHandle, watched: Watched) -> Iterator[None]:
 
     def run() -> None:
         while not done.wait(_POLL_S):
-            watch.look(asked.is_set())
-        watch.show(last=True)
+            watch.look_again(asked.is_set())
+        watch.look_again(asked.is_set(), last=True)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         asked.set()
@@ -71,9 +75,30 @@ class _Watch:
         self._given_notice: set[str] = set()
         self._ended: set[str] = set()
         self._next_nodes_s = 0.0
+        self._failing = False
+        self._quiet_told_s = 0.0
 
-    def look(self, stop_asked: bool) -> None:
-        """One look; what is wanted is passed on once."""
+    def look_again(self, stop_asked: bool, last: bool = False) -> None:
+        """One look, which may fail: the next one is as good, and without any nobody would heed a notice.
+
+        Args:
+            stop_asked: Whether the job is to end.
+            last: Whether it has ended, so that only what was told is shown.
+        """
+        try:
+            if last:
+                self.show(last=True)
+            else:
+                self._look(stop_asked)
+        except (RayError, OSError, RuntimeError) as error:
+            if not self._failing:
+                _log.warning("the workers cannot be looked at, and are tried again: %s", error)
+            self._failing = True
+        else:
+            self._failing = False
+
+    def _look(self, stop_asked: bool) -> None:
+        """What is wanted is passed on once."""
         stop = stop_asked or self._watched.bad_slides.error is not None
         wish = Wish.ABANDON if self._watched.lease.lost else Wish.COMMIT_AND_STOP if stop else Wish.GO_ON
         if wish is not self._passed_on:
@@ -82,6 +107,7 @@ class _Watch:
             self._passed_on = wish
         told = self.show()
         self._end_the_silent(told.silent)
+        self._tell_of_quiet(told.quiet_s)
         self._heed_notices(told.members)
 
     def show(self, last: bool = False) -> Told:
@@ -106,6 +132,17 @@ class _Watch:
                     f"worker {member.rank} has given no sign of life for {self._watched.silence_s:g} s and is ended"
                 )
                 ray.kill(member.actor)
+
+    def _tell_of_quiet(self, quiet_s: float) -> None:
+        """Say so where workers live and take no step, at longer and longer intervals: only a person can tell why."""
+        if quiet_s < _QUIET_S:
+            self._quiet_told_s = 0.0
+        elif quiet_s >= 2.0 * self._quiet_told_s:
+            self._quiet_told_s = quiet_s
+            self._watched.tell(
+                f"no step for {quiet_s:.0f} s, though every worker gives signs of life: they read the state, or wait "
+                "for tiles, for each other or for the storage; `py-spy dump` on a worker's node tells which"
+            )
 
     def _heed_notices(self, members: Sequence[Member]) -> None:
         """Have the workers commit and start again elsewhere before a node of theirs is taken away."""

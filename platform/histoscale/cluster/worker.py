@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import ray
 import ray.train
@@ -14,15 +15,17 @@ from ray.train.torch import get_device
 
 from histoscale.checkpoint.collective import on_first_rank
 from histoscale.checkpoint.manifest import Commit
+from histoscale.checkpoint.reader import latest_commit
 from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Pulse, Wish, warnings_told
 from histoscale.cluster.failures import Yielded
+from histoscale.cluster.lease import require_lease
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, RunError
 from histoscale.observe.alarms import Alarms
 from histoscale.observe.goodput import STALL_S, GoodputMeter
 from histoscale.observe.metrics import MetricsWriter
 from histoscale.observe.timeline import Event, Kind, Timeline, wall_before
-from histoscale.storage import open_store
+from histoscale.storage import Store, open_store
 from histoscale.stream.faults import Fault
 from histoscale.stream.feed import MicroBatch, RankFeed
 from histoscale.stream.windows import FeedMasterHandle, FeedSpec, RankShare
@@ -36,6 +39,7 @@ class WorkerSpec:
 
     Attributes:
         committed_step: The step that the driver has planned from.
+        lease_token: Of the driver's lease of the run.
     """
 
     recipe: Recipe
@@ -45,6 +49,7 @@ class WorkerSpec:
     feed_master: FeedMasterHandle
     control: ControlHandle
     committed_step: int
+    lease_token: str
 
 
 def train_worker(config: dict[str, WorkerSpec]) -> None:
@@ -58,22 +63,35 @@ def train_worker(config: dict[str, WorkerSpec]) -> None:
 
 def _train(spec: WorkerSpec, rank: int, workers: int) -> None:
     torch.set_num_threads(spec.recipe.cluster.cpus_per_worker)
-    attempt = on_first_rank(lambda: secrets.token_hex(8))
-    pulse = Pulse(spec.control, attempt, rank)  # before the state is read: a worker may stand still there, too
+    pulse = Pulse(spec.control, rank)  # before anything that waits for others, or that may stand still itself
     try:
+        store = open_store(spec.run_uri)
         device = get_device() if spec.device == "cuda" else torch.device("cpu")
-        trainer = build_trainer(spec.recipe, device, open_store(spec.run_uri))
-        start = trainer.resume()
-        _require_planned(spec, start)
-        with contextlib.closing(
-            RankFeed(spec.feed, RankShare(spec.feed_master, attempt, rank, workers), start)
-        ) as feed:
+        attempt, expected = on_first_rank(lambda: (secrets.token_hex(8), _committed_step(store)))
+        with contextlib.ExitStack() as stack:
+            feed = stack.enter_context(_feed(spec, attempt, rank, workers, expected))
+            feed.begin()  # readers start while the network is built and its state is read
+            trainer = build_trainer(spec.recipe, device, store, partial(require_lease, store, spec.lease_token))
+            start = trainer.resume()
+            _require_planned(spec, start)
+            if start != expected:
+                feed.close()
+                feed = stack.enter_context(_feed(spec, f"{attempt}-from-{start}", rank, workers, start))
             if rank == 0:
                 _lead(spec, trainer, feed, start)
             else:
                 _follow(spec, trainer, feed, start)
     finally:
         pulse.stop()
+
+
+def _committed_step(store: Store) -> int:
+    commit = latest_commit(store)
+    return commit.step if commit else 0
+
+
+def _feed(spec: WorkerSpec, attempt: str, rank: int, workers: int, start: int) -> "contextlib.closing[RankFeed]":
+    return contextlib.closing(RankFeed(spec.feed, RankShare(spec.feed_master, attempt, rank, workers), start))
 
 
 def _require_planned(spec: WorkerSpec, start: int) -> None:
@@ -106,6 +124,7 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
     stall_s = stalled_s = 0.0
     clock = _Clock(spec.recipe.batch.tiles)
     alarms, alarm = Alarms(spec.recipe), ""
+    taken_over = False
     try:
         for step in range(start, spec.recipe.steps):
             _require_the_run(line, spec.run_uri)
@@ -133,8 +152,11 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
             if metrics.stop:
                 _leave(line.wish, alarm)
                 return
+    except RunError:
+        taken_over = not alarm
+        raise
     finally:
-        writer.close()
+        writer.close(publish=not taken_over)
         timeline.close()
 
 

@@ -62,7 +62,33 @@ def invalid(error: ValidationError, root: type[BaseModel], source: str) -> Recip
     )
 
 
-def parse_yaml(text: str, source: str, kind: str = "recipe") -> dict[str, Any]:
+def recorded_recipe(data: bytes, source: str) -> Recipe:
+    """The recipe that a run recorded, of `dump_recipe`.
+
+    Args:
+        data: The file.
+        source: Names it in errors.
+
+    Raises:
+        RecipeError: It is damaged, or was written by another version.
+    """
+    try:
+        values = parse_yaml(data, source)
+        # A file that was cut short would be another recipe: what it lacks has defaults.
+        missing = sorted(set(Recipe.model_fields) - set(values))
+        if missing:
+            raise RecipeError(f"{source} is incomplete", value=f"no {missing[0]}", expected="every section of a recipe")
+        return decode_recipe(values, source=source)
+    except RecipeError as error:
+        raise RecipeError(
+            error.what,
+            value=error.value,
+            expected=error.expected,
+            remedy="restore the file as the run wrote it, or use the version of histoscale that did",
+        ) from error
+
+
+def parse_yaml(text: str | bytes, source: str, kind: str = "recipe") -> dict[str, Any]:
     """The mapping that a YAML text holds; `kind` is what it is to be.
 
     Raises:

@@ -52,7 +52,7 @@ class Linear:
         """In a sentence."""
         return f"logistic regression on z-scored features, C of {list(self.inverse_strengths)} by validation loss"
 
-    def scores(self, features: FloatArray, labels: Labels, split: Split, seed: int) -> Scores:
+    def scores(self, features: FloatArray, labels: Labels, split: Split, seed: int) -> Scores:  # noqa: ARG002 - as of `Probe`
         """Probabilities of the classes."""
         choice = self.choose(features, labels, split)
         return logistic_scores(features[split.train], labels[split.train], features[split.test], choice)
@@ -96,7 +96,7 @@ class Ridge:
         """In a sentence."""
         return f"ridge on z-scored features, strength per tile of {list(self.strengths)} by validation accuracy"
 
-    def scores(self, features: FloatArray, labels: Labels, split: Split, seed: int) -> Scores:
+    def scores(self, features: FloatArray, labels: Labels, split: Split, seed: int) -> Scores:  # noqa: ARG002 - as of `Probe`
         """Least-squares estimates of the targets."""
         classes = int(labels.max()) + 1
         told = _ridge(features[split.fit], labels[split.fit], features[split.val], self.strengths, classes)

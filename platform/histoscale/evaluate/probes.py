@@ -68,7 +68,7 @@ class Knn:
         """In a sentence."""
         return f"{self.neighbours} neighbours, cosine of centred features, votes exp(cosine / {TEMPERATURE})"
 
-    def scores(self, features: FloatArray, labels: Labels, split: Split, seed: int) -> Scores:
+    def scores(self, features: FloatArray, labels: Labels, split: Split, seed: int) -> Scores:  # noqa: ARG002 - as of `Probe`
         """Shares of the votes."""
         return knn_scores(features[split.train], labels[split.train], features[split.test], self.neighbours)
 

@@ -179,7 +179,7 @@ class Block(nn.Module):
         out: Tensor = self.ls1(self.attn(self.norm1(x_PD), spans))
         return out
 
-    def _transformed(self, x_PD: Tensor, spans: Spans) -> Tensor:
+    def _transformed(self, x_PD: Tensor, spans: Spans) -> Tensor:  # noqa: ARG002 - a branch, as `_attended` is
         out: Tensor = self.ls2(self.mlp(self.norm2(x_PD)))
         return out
 

@@ -63,9 +63,14 @@ class MetricsWriter:
         except StorageError as error:
             _log.warning("metrics could not be published, the next commit tries again: %s", error)
 
-    def close(self) -> None:
-        """Bring everything into the run folder, and let go."""
-        self.flush()()
+    def close(self, publish: bool = True) -> None:
+        """Let go.
+
+        Args:
+            publish: Bring everything into the run folder before; not where another job has the run by now.
+        """
+        if publish:
+            self.flush()()
         self._events.close()
         if self._remote:
             shutil.rmtree(self._directory)

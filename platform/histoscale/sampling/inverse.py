@@ -51,7 +51,7 @@ class Inverse:
             return np.zeros(0, np.int64)
         starts, before = self._mixture.starts(q, groups)
         numbers = self._visits(place, q, int(before[-1]))
-        parts = [self._slots(q, numbers[at : at + _PART], starts, before) for at in range(0, len(numbers), _PART)]
+        parts = [self._slots(numbers[at : at + _PART], starts, before) for at in range(0, len(numbers), _PART)]
         samples = np.sort(np.concatenate([np.zeros(0, np.int64), *parts]))
         return samples[samples < stop * spec.tiles_per_step]
 
@@ -122,7 +122,7 @@ class Inverse:
         return turn[turn < count]
 
     def _slots(
-        self, q: int, numbers: NDArray[np.int64], starts: NDArray[np.int64], before: NDArray[np.int64]
+        self, numbers: NDArray[np.int64], starts: NDArray[np.int64], before: NDArray[np.int64]
     ) -> NDArray[np.int64]:
         """The samples of visits of a magnification."""
         spec = self._spec

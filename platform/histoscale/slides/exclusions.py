@@ -5,7 +5,7 @@ They hold no name, and apply without a new snapshot: whoever trains reads them w
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -36,6 +36,25 @@ class Exclusion:
     number: int
     created: str
     slide_ids: tuple[str, ...]
+
+
+def require_alone(options: Mapping[str, object]) -> None:
+    """Refuse options that would change nothing beside `--exclude`.
+
+    Args:
+        options: What was given for options of indexing, by name; what is false was not.
+
+    Raises:
+        SlideIndexError: One of them was given.
+    """
+    given = [f"--{name}" for name, value in options.items() if value]
+    if given:
+        raise SlideIndexError(
+            f"--exclude indexes nothing and has no use for {given[0]}",
+            value=" ".join(["--exclude", *given]),
+            expected="--exclude alone",
+            remedy="withdraw the slides first, then run the command again without --exclude",
+        )
 
 
 def read_exclusions(store: Store) -> tuple[Exclusion, ...]:

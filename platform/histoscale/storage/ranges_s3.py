@@ -225,6 +225,7 @@ class S3Ranges:
             return StorageError(
                 f"an object of {self._root} broke off {failures} times while it was read",
                 remedy="check the network and the load of the server",
+                transient=True,
             )
         return s3_errors.diagnosis(error, self._bucket, self._root, self._boto.meta.endpoint_url)
 

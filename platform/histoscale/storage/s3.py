@@ -192,7 +192,7 @@ class S3Store:
         except (ClientError, BotoCoreError) as error:
             raise self._diagnosis(error, key) from self._cause(error)
 
-    def local_path(self, key: str) -> Path | None:
+    def local_path(self, key: str) -> Path | None:  # noqa: ARG002 - as of every store
         """None: the objects are on a server."""
         return None
 
@@ -249,6 +249,7 @@ class S3Store:
         raise StorageError(
             f"{name_object(key, self.uri, private=self._private)} broke off {_BODY_ATTEMPTS} times while it was read",
             remedy="check the network and the load of the server",
+            transient=True,
         ) from (self._cause(broken) if broken else None)
 
     def _copy_part(self, head: ObjectInfo, descriptor: int, start: int) -> None:
@@ -268,6 +269,7 @@ class S3Store:
                 f"{len(refused)} objects of {self.uri} cannot be deleted",
                 value=str(refused[0].get("Code")),
                 remedy="give the credentials the permission s3:DeleteObject",
+                transient=all(s3_errors.is_passing_code(str(each.get("Code"))) for each in refused),
             )
 
     def _name(self, key: str) -> str:
@@ -294,7 +296,7 @@ class S3Store:
 
 
 @lru_cache(maxsize=4)
-def _client(pid: int, settings: tuple[tuple[str, str], ...]) -> "S3Client":
+def _client(pid: int, settings: tuple[tuple[str, str], ...]) -> "S3Client":  # noqa: ARG001 - what the cache goes by
     """The client that all stores and threads of a process share; a forked process must not share its sockets.
 
     A client takes tenths of a second to make, and a job opens a store per slide.

@@ -26,7 +26,17 @@ _WRONG_CREDENTIALS = {
     "TokenRefreshRequired",
 }
 _DENIED = {"403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "Forbidden"}
-_SLOW_DOWN = {"429", "503", "RequestLimitExceeded", "ServiceUnavailable", "SlowDown", "Throttling"}
+_SLOW_DOWN = {
+    "429",
+    "503",
+    "RequestLimitExceeded",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+}
+# What a server that is away for a while says, or the one before it.
+_AWAY = {"408", "500", "502", "504", "InternalError", "RequestTimeout", "RequestTimeTooLong"}
 _FULL = {"507", "QuotaExceeded", "InsufficientStorage", "XMinioStorageFull"}
 _CREDENTIAL_ERRORS = (
     NoCredentialsError,
@@ -64,6 +74,19 @@ def is_not_implemented(error: Exception) -> bool:
 def is_past_end(error: Exception) -> bool:
     """Whether a range starts at or after the object's end."""
     return code(error) in {"416", "InvalidRange", "RequestedRangeNotSatisfiable"}
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether a server refuses because it is overloaded or away, which passes when nobody changes anything."""
+    if not isinstance(error, ClientError) or code(error) in _FULL or is_not_implemented(error):
+        return False
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status >= 500 or is_passing_code(code(error))
+
+
+def is_passing_code(word: str) -> bool:
+    """As `is_passing`, of S3's word alone."""
+    return word in _SLOW_DOWN or word in _AWAY
 
 
 def no_bucket(bucket: str, root: str) -> StorageError:
@@ -110,6 +133,7 @@ def diagnosis(error: ClientError | BotoCoreError, bucket: str, root: str, endpoi
             f"{endpoint} cannot be reached for {root}",
             value=type(error).__name__,
             remedy="check AWS_ENDPOINT_URL, the network and whether the server runs",
+            transient=True,
         )
     return StorageError(f"boto3 cannot use {root}", value=type(error).__name__, remedy="check the variables AWS_*")
 
@@ -133,7 +157,10 @@ def _refusal(error: ClientError, bucket: str, root: str) -> StorageError:
         )
     if word in _SLOW_DOWN:
         return StorageError(
-            f"the server of {root} is overloaded, after every retry", value=word, remedy="use fewer readers"
+            f"the server of {root} is overloaded, after every retry",
+            value=word,
+            remedy="use fewer readers",
+            transient=True,
         )
     if word in _FULL:
         return StorageError(
@@ -141,4 +168,9 @@ def _refusal(error: ClientError, bucket: str, root: str) -> StorageError:
         )
     if word == "RequestTimeTooSkewed":
         return StorageError(f"the clock of this machine differs from that of {root}", remedy="synchronise the clocks")
-    return StorageError(f"the server refuses a request to {root}", value=word, remedy="see the server's log")
+    return StorageError(
+        f"the server refuses a request to {root}",
+        value=word,
+        remedy="see the server's log",
+        transient=is_passing(error),
+    )

@@ -76,6 +76,10 @@ class RankFeed:
         self._next_step = start_step
         self._held: list[tuple[Chapter, ChapterTiles]] = []
 
+    def begin(self) -> None:
+        """Let readers start before the first tiles are asked for; failures come out when they are."""
+        self._windows.begin()
+
     def micro_batches(self, step: int) -> list[MicroBatch | None]:
         """The micro-batches of this rank in the order of `replicas_of`; None is padding, of weight zero.
 
@@ -130,20 +134,21 @@ class _Windows:
     def next_block(self, step: int) -> pa.Table:
         """The next block, which is of the chapter that begins with `step`."""
         if step >= self._now.stop:
-            self._begin_next()
+            self.begin()
             if self._next is not None:
                 self._now, opened = self._next
                 self._next = None
                 self._blocks = opened.result()
         if step >= self._now.stop - len(self._now) // _LEAD:
-            self._begin_next()
+            self.begin()
         return next(self._blocks)
 
     def close(self) -> None:
         self._blocks = iter(())
         self._opener.shutdown(wait=False, cancel_futures=True)
 
-    def _begin_next(self) -> None:
+    def begin(self) -> None:
+        """Open the next window beside what goes on, if it is not being opened."""
         if self._next is None and (steps := next(self._steps, None)) is not None:
             self._next = steps, self._opener.submit(self._opened, steps)
 

@@ -120,6 +120,10 @@ class FeedMaster:
             self._open[name] = open_window(self._spec, workers, steps)
         return self._open[name][rank]
 
+    def release(self) -> None:
+        """Let all pipelines go, whose readers take CPUs that the workers of the next attempt may need."""
+        self._open = {}
+
 
 def start_feed(spec: FeedSpec) -> FeedMasterHandle:
     """Start the actor on this node; it takes no CPU and ends with the caller."""
@@ -157,7 +161,7 @@ class _PlanRows(Datasource):
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
-    def get_read_tasks(self, parallelism: int, *args: object, **kwargs: object) -> list[ReadTask]:
+    def get_read_tasks(self, parallelism: int, *args: object, **kwargs: object) -> list[ReadTask]:  # noqa: ARG002 - Ray's
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [ReadTask(partial(_tables, self._rows), metadata)]
 

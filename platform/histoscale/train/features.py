@@ -57,7 +57,7 @@ class FeatureObjective:
         """Every patch of the student's: bool [2b, patches]."""
         return np.ones((2 * len(sample_ids), self._grid**2), np.bool_)
 
-    def targets(self, inputs: Sequence[Inputs], temperature: float) -> list[Features]:
+    def targets(self, inputs: Sequence[Inputs], temperature: float) -> list[Features]:  # noqa: ARG002 - see below
         """The teacher's features of each micro-batch; a temperature plays no part."""
         return [self._teacher(each.views.global_crops) for each in inputs]
 

@@ -206,7 +206,7 @@ class _Watch:
     def _turn_to(self, inputs: Inputs) -> None:
         self._replica = inputs.replica
 
-    def _enter(self, module: nn.Module, inputs: object) -> None:
+    def _enter(self, module: nn.Module, _: object) -> None:
         if self._depth == 0:
             self._names = {each: name.removeprefix(_ENGINE_PREFIX) for name, each in module.named_modules()}
         self._depth += 1

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from histoscale.checkpoint.manifest import Commit
 from histoscale.checkpoint.reader import require_commit, require_recipe
 from histoscale.config.archs import ARCHS
-from histoscale.config.decode import decode_recipe, fingerprint, parse_yaml
+from histoscale.config.decode import fingerprint, recorded_recipe
 from histoscale.config.recipe import DistillSection, ModelSection, Recipe
 from histoscale.errors import ModelError, RecipeError
 from histoscale.export.exported import read_export
@@ -132,9 +132,7 @@ def _find_run(uri: str) -> TeacherRun:
             expected=f"the --out of jobs/pretrain.py, with a {_RECIPE_KEY} in it",
             remedy="correct distill.teacher; an export or published weights need distill.mode=features",
         )
-    recipe = decode_recipe(
-        parse_yaml(store.get(_RECIPE_KEY).decode(), _RECIPE_KEY), source=f"{store.uri}/{_RECIPE_KEY}"
-    )
+    recipe = recorded_recipe(store.get(_RECIPE_KEY), f"{store.uri}/{_RECIPE_KEY}")
     if recipe.distill is not None and recipe.distill.mode == "features":
         raise ModelError(
             f"the teacher at {store.uri} has no heads: it was distilled from features itself",

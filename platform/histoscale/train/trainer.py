@@ -38,7 +38,7 @@ from histoscale.checkpoint.manifest import Commit, CorruptCheckpoint
 from histoscale.checkpoint.parent import read_parent
 from histoscale.checkpoint.reader import commit_before, latest_commit, load_into, require_recipe, require_teacher
 from histoscale.checkpoint.retention import Retention, discard_after
-from histoscale.checkpoint.writer import CheckpointWriter, Snapshot
+from histoscale.checkpoint.writer import CheckpointWriter, Fence, Snapshot, unfenced
 from histoscale.config.decode import fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.errors import NonFiniteError, StorageError, TrainingError
@@ -55,27 +55,30 @@ from histoscale.train.warm_start import start_from_published
 _log = logging.getLogger(__name__)
 
 
-def build_trainer(recipe: Recipe, device: torch.device, store: Store) -> "Trainer":
+def build_trainer(recipe: Recipe, device: torch.device, store: Store, fence: Fence = unfenced) -> "Trainer":
     """Student, teacher and optimiser with their initial state (collective).
 
-    `torch.distributed` must be initialised, and with CUDA the current device set. `store` is the run folder.
+    `torch.distributed` must be initialised, and with CUDA the current device set. `store` is the run folder, and
+    `fence` is asked before its commits are touched.
 
     Raises:
         HistoscaleError: The recipe distils from a teacher, or starts from published weights, that cannot be used;
             raised on every rank.
     """
     if recipe.distill is not None:
-        return build_student(recipe, load_frozen_teacher(recipe, recipe.distill, device), device, store)
+        return build_student(recipe, load_frozen_teacher(recipe, recipe.distill, device), device, store, fence)
     network = build_ssl_net(recipe).to(device)
     start_from_published(network, recipe, store)
     student = StudentEngine(network, recipe, device)
     masters = master_fragments(student.deepspeed)
     teacher = EMATeacher(empty_ssl_net(recipe), masters, device, student.dtype)
     objective = PrototypeObjective(recipe, teacher, all_reduce, hide_masked=True)
-    return Trainer(recipe, student, teacher, objective, store)
+    return Trainer(recipe, student, teacher, objective, store, fence=fence)
 
 
-def build_student(recipe: Recipe, teacher: FrozenTeacher, device: torch.device, store: Store) -> "Trainer":
+def build_student(
+    recipe: Recipe, teacher: FrozenTeacher, device: torch.device, store: Store, fence: Fence = unfenced
+) -> "Trainer":
     """Student of a frozen teacher, with its initial state (collective); see `build_trainer`.
 
     Raises:
@@ -86,7 +89,7 @@ def build_student(recipe: Recipe, teacher: FrozenTeacher, device: torch.device, 
     start_from_published(network.to(device), recipe, store)
     student = StudentEngine(network, recipe, device)
     average = Average(master_fragments(student.deepspeed))
-    return Trainer(recipe, student, average, objective, store, teacher.fingerprint)
+    return Trainer(recipe, student, average, objective, store, teacher.fingerprint, fence)
 
 
 class Trainer:
@@ -106,6 +109,7 @@ class Trainer:
         objective: Objective[Any],
         store: Store,
         frozen_teacher: str | None = None,
+        fence: Fence = unfenced,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -113,6 +117,7 @@ class Trainer:
         self._recipe = recipe
         self._store = store
         self._frozen_teacher = frozen_teacher
+        self._fence = fence
         self._train_step = TrainStep(recipe, student, objective, teacher)
         centers = {CENTER_PREFIX + name: tuple(center.shape) for name, center in objective.centers.items()}
         self._shapes = parameter_shapes(student.deepspeed) | centers
@@ -123,7 +128,7 @@ class Trainer:
         self._last_commit: Commit | None = None
         self._records: list[StepRecord] = []
         retention = Retention(recipe.checkpoint.keep_last, recipe.checkpoint.keep_every_steps)
-        self._writer = CheckpointWriter(store, retention, recipe.checkpoint.max_failed)
+        self._writer = CheckpointWriter(store, retention, recipe.checkpoint.max_failed, fence)
 
     @property
     def next_step(self) -> int:
@@ -138,11 +143,13 @@ class Trainer:
         Raises:
             CheckpointError: No commit is whole, or it belongs to another recipe or another frozen teacher; or the
                 parent's checkpoint is gone.
+            RunError: Another job has the run by now.
         """
         commit = on_first_rank(lambda: latest_commit(self._store))
         while commit is not None and (problem := self._problem_with(commit)) is not None:
             commit = on_first_rank(partial(commit_before, self._store, commit, problem))
         step = commit.step if commit else 0
+        on_first_rank(self._fence)
         on_first_rank(lambda: discard_after(self._store, step))
         if commit is None and self._parent is not None:
             materialise_moments(self.student.deepspeed, self._earlier_updates)
@@ -216,7 +223,7 @@ class Trainer:
 
         Raises:
             TrainingError: So many steps have not been taken, or the state was read in part only.
-            StorageError: See `settle`.
+            StorageError: See `settle`, and RunError too.
         """
         self._require_at(step)
         committed = self.settle(wait=True)
@@ -235,6 +242,7 @@ class Trainer:
 
         Raises:
             StorageError: It failed, as the last of `checkpoint.max_failed` in a row; the same on every rank.
+            RunError: Another job has the run by now; the same on every rank.
         """
         commit = self._writer.settle(wait=wait)
         if commit is not None:
@@ -251,6 +259,7 @@ class Trainer:
         Raises:
             TrainingError: See `begin_save`.
             StorageError: Something could not be written; nothing is committed.
+            RunError: See `settle`.
         """
         self.begin_save(step, first)
         if self._last_commit is not None and self._last_commit.step == step:

@@ -14,7 +14,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
 _EXPECTED = "one folder per class, with PNG, JPEG or TIFF tiles in it"
 
 
-def _read(layout: Layout, listing: Listing, _: str) -> LabelledTiles:
+def _read(layout: Layout, listing: Listing, _: str) -> LabelledTiles:  # noqa: ARG001 - as of `Layout.read`
     by_class: dict[str, list[str]] = {}
     for key in listing.keys:
         path = PurePosixPath(key)
