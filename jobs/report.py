@@ -4,9 +4,10 @@ r"""Report on a run, without a cluster: what became of its time, or which of its
         python jobs/report.py --run RUN [--slide SLIDE_ID]
 
 RUN is the --out of jobs/pretrain.py. Without --slide it prints the run's goodput, the time lost by cause and the
-restarts, and writes RUN/report.html: evaluations, curves, timeline, code, left-out slides, how to go on. With --slide it answers for a slide id
-(32 hexadecimal digits, as in INDEX and in logs) how many of its tiles entered which checkpoint. Exit status: 0, or
-with a one-line diagnosis as the last line 2, or 75 where the same command may succeed later, as a bucket was away.
+restarts, and writes RUN/report.html: evaluations, curves, timeline, code, left-out slides, how to go on. With --slide
+it answers for a slide id (32 hexadecimal digits, as in INDEX and in logs) how many of its tiles entered which
+checkpoint. Exit status: 0; 2 with a one-line diagnosis as the last line; 75 with one where the same command may
+succeed later, as a bucket was away.
 """
 
 import argparse
