@@ -25,16 +25,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: The file cannot be read, is no YAML mapping, or holds anything invalid; all problems at once.
     """
+    return decode_recipe(read_yaml(path, "recipe"), overrides, source=str(path))
+
+
+def read_yaml(path: str | Path, kind: str) -> dict[str, Any]:
+    """The mapping in a YAML file of this machine; `kind` is what it is to be, and its folder's name in the singular.
+
+    Raises:
+        RecipeError: The file cannot be read, or is no YAML mapping.
+    """
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise RecipeError(
-            f"recipe {path} cannot be read: {reason}",
+            f"{kind} {path} cannot be read: {reason}",
             expected="a YAML file",
-            remedy="see jobs/recipes for the ones that come with histoscale",
+            remedy=f"see jobs/{kind}s for the ones that come with histoscale",
         ) from error
-    return decode_recipe(parse_yaml(text, str(path)), overrides, source=str(path))
+    return parse_yaml(text, str(path), kind)
 
 
 def decode_recipe(values: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:

@@ -8,9 +8,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from histoscale.config.decode import invalid, parse_yaml
+from histoscale.config.decode import invalid, read_yaml
 from histoscale.config.section import Count, Section
-from histoscale.errors import DatasetError, RecipeError, StorageError
+from histoscale.errors import DatasetError, StorageError
 from histoscale.evaluate.datasets import LAYOUTS, open_dataset
 from histoscale.evaluate.datasets.hest import check_hest
 from histoscale.evaluate.datasets.layout import Layout
@@ -131,16 +131,7 @@ def load_suite(path: str | Path) -> Suite:
         RecipeError: The file cannot be read, is no YAML mapping, or holds anything invalid; all problems at once.
     """
     try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise RecipeError(
-            f"suite {path} cannot be read: {reason}",
-            expected="a YAML file",
-            remedy="see jobs/suites for the ones that come with histoscale",
-        ) from error
-    try:
-        return Suite.model_validate(parse_yaml(text, str(path), "suite"))
+        return Suite.model_validate(read_yaml(path, "suite"))
     except ValidationError as error:
         raise invalid(error, Suite, str(path)) from error
 
