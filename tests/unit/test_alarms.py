@@ -1,24 +1,15 @@
 """The alarms of a run: when they are armed, that they ring once for each cause, and that a healthy run hears none."""
 
-import math
-
-import pytest
-
 from histoscale.config.recipe import Recipe
 from histoscale.observe.alarms import (
-    CHANCE_STEPS,
     COLLAPSE_STEPS,
     COLLAPSED_COSINE,
     STARVED_STEPS,
     Alarm,
     Alarms,
-    ChanceAlarm,
     CollapseAlarm,
     StarvationAlarm,
 )
-
-PROTOTYPES = 64
-CHANCE = math.log(PROTOTYPES)
 
 
 def rings(alarm: Alarm, name: str, values: list[float], images: int = 10) -> list[int]:
@@ -61,27 +52,6 @@ def test_it_says_what_and_what_to_do() -> None:
     assert "loss.kde_weight" in said
 
 
-def test_a_new_student_may_be_no_better_than_chance() -> None:
-    assert rings(ChanceAlarm("dino", PROTOTYPES, 10**6), "loss/dino", [CHANCE] * 300) == []
-
-
-def test_a_student_that_is_back_at_chance_rings_once_each_time() -> None:
-    good, bad = [0.8 * CHANCE] * 100, [CHANCE] * 100
-    found = rings(ChanceAlarm("dino", PROTOTYPES, 10**6), "loss/dino", good + bad + good + bad)
-    assert len(found) == 2
-    assert 100 < found[0] < 100 + CHANCE_STEPS
-    assert 300 < found[1] < 300 + CHANCE_STEPS
-
-
-def test_a_student_that_is_at_chance_after_the_warmup_rings() -> None:
-    assert rings(ChanceAlarm("ibot", PROTOTYPES, 1000), "loss/ibot", [CHANCE] * 200) == [100]
-
-
-def test_one_bad_step_is_no_divergence() -> None:
-    curve = ([0.8 * CHANCE] * (CHANCE_STEPS - 1) + [5 * CHANCE]) * 6
-    assert rings(ChanceAlarm("dino", PROTOTYPES, 0), "loss/dino", curve) == []
-
-
 def test_training_that_waits_for_tiles_rings_once() -> None:
     shares = [0.05] * 100 + [0.9] * 100 + [0.0] * 100 + [0.9] * 100
     found = rings(StarvationAlarm(), "time/wait_share", shares)
@@ -90,21 +60,10 @@ def test_training_that_waits_for_tiles_rings_once() -> None:
     assert rings(StarvationAlarm(), "time/wait_share", [1.0] + [0.0] * 100) == [], "the first step waits for all"
 
 
-@pytest.mark.parametrize("distill", [None, {"teacher": "/runs/a"}, {"teacher": "/exports/a", "mode": "features"}])
-def test_a_run_has_the_alarms_that_its_loss_allows(distill: dict[str, str] | None) -> None:
-    values: dict[str, object] = {"model": {"drop_path": 0.0}, "distill": distill}
-    if distill and "mode" in distill:
-        values["crops"] = {"local_count": 0}
-    alarms = Alarms(Recipe.model_validate(values))
+def test_a_run_has_all_alarms_and_a_healthy_one_hears_none() -> None:
+    alarms = Alarms(Recipe())
     healthy = {"health/mean_cosine": 0.1, "time/wait_share": 0.0, "progress/images_seen": 1e9}
-    if not distill or "mode" not in distill:
-        healthy |= {"loss/dino": 5.0, "loss/ibot": 5.0}
     assert [said for _ in range(200) for said in alarms.update(healthy)] == []
-    ill = healthy | {"health/mean_cosine": 1.0, "time/wait_share": 1.0, "loss/dino": 12.0, "loss/ibot": 12.0}
+    ill = healthy | {"health/mean_cosine": 1.0, "time/wait_share": 1.0}
     said = [said.split(":")[0] for _ in range(200) for said in alarms.update(ill)]
-    expected = {
-        "the model collapses": 1,
-        "training starves": 1,
-        "the student is at chance": 2 if "loss/dino" in healthy else 0,
-    }
-    assert {what: said.count(what) for what in expected} == expected
+    assert sorted(said) == ["the model collapses", "training starves"]

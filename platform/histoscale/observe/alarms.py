@@ -3,7 +3,6 @@
 Each rings once for each time that its cause lasts, and names the cause and what to do.
 """
 
-import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +12,6 @@ from histoscale.config.recipe import Recipe
 
 COLLAPSED_COSINE = 0.98
 COLLAPSE_STEPS = 20
-CHANCE_SHARE = 0.97
-CHANCE_STEPS = 50
 STARVED_SHARE = 0.25
 STARVED_STEPS = 50
 
@@ -37,13 +34,7 @@ class Alarms:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        warmup = recipe.optim.warmup_images
-        self._alarms: list[Alarm] = [CollapseAlarm(warmup), StarvationAlarm()]
-        if recipe.distill is None or recipe.distill.mode == "heads":
-            heads = recipe.heads
-            ibot = heads.dino_prototypes if heads.shared else heads.ibot_prototypes
-            for term, prototypes in (("dino", heads.dino_prototypes), ("ibot", ibot)):
-                self._alarms.append(ChanceAlarm(term, prototypes, warmup))
+        self._alarms: tuple[Alarm, ...] = (CollapseAlarm(recipe.optim.warmup_images), StarvationAlarm())
 
     def update(self, values: Values) -> list[str]:
         """What rings at this step."""
@@ -77,43 +68,6 @@ class CollapseAlarm:
             f"the model collapses: the class tokens of different tiles have had a mean cosine above {COLLAPSED_COSINE} "
             f"for {COLLAPSE_STEPS} steps (now {cosine:.4f}); start another run with a higher loss.kde_weight, a "
             "lower optim.lr or a lower loss.teacher_temperature"
-        )
-
-
-@dataclass
-class ChanceAlarm:
-    """Rings when the student tells the teacher's prototypes no better than chance, whose cross-entropy is ln K.
-
-    Attributes:
-        term: Of the loss.
-        prototypes: K.
-        warmup_images: Of the recipe; before, the alarm is armed only by a student that has been better.
-    """
-
-    term: str
-    prototypes: int
-    warmup_images: int
-    _armed: bool = False
-    _last: deque[float] = field(default_factory=lambda: deque(maxlen=CHANCE_STEPS))
-    _rung: bool = False
-
-    def update(self, values: Values) -> str | None:
-        """See `Alarm`."""
-        self._last.append(values[f"loss/{self.term}"])
-        if len(self._last) < CHANCE_STEPS:
-            return None
-        mean = sum(self._last) / CHANCE_STEPS
-        chance = math.log(self.prototypes)
-        high = mean > CHANCE_SHARE * chance
-        self._armed |= not high or values["progress/images_seen"] > self.warmup_images
-        rings = high and self._armed and not self._rung
-        self._rung = high and (self._rung or rings)
-        if not rings:
-            return None
-        return (
-            f"the student is at chance: over {CHANCE_STEPS} steps it has told the teacher's prototypes no better than "
-            f"a guess does (loss/{self.term} {mean:.3f}, a guess {chance:.3f}), so it does not learn, or what it "
-            "learnt is lost; fork from a checkpoint before this with a lower optim.lr, or a longer optim.warmup_images"
         )
 
 
