@@ -1,9 +1,11 @@
 """Checkpoints are evaluated beside a run on a real head; what becomes of an evaluation is nothing to the run."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.integration.jobs_at_work import TINY, Submission, process_of, run_directly, run_to_the_end
@@ -28,18 +30,29 @@ def labelled_tiles(folder: Path, count: int = 12) -> Path:
     return folder
 
 
-def test_checkpoints_are_evaluated_beside_the_run_though_one_evaluation_is_killed(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def head() -> Iterator[LocalHead]:
+    with LocalHead(HeadSize(cpus=8, object_store_bytes=500_000_000)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def index(head: LocalHead, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("slides")
+    make_slides(folder / "slides", count=2)
+    run_to_the_end(head, ["python", "jobs/index.py", str(folder / "slides"), "--out", str(folder / "index")])
+    return str(folder / "index")
+
+
+def test_checkpoints_are_evaluated_beside_the_run_though_one_evaluation_is_killed(
+    head: LocalHead, index: str, tmp_path: Path
+) -> None:
     dataset, run = labelled_tiles(tmp_path / "tiles"), tmp_path / "run"
-    make_slides(tmp_path / "slides", count=2)
     settings = set_words(f"batch.tiles={TILES}", f"schedule.images={STEPS * TILES}", f"evaluation.datasets=[{dataset}]")
-    words = ["--index", str(tmp_path / "index"), "--out", str(run), *TINY, *settings]
-    with LocalHead(HeadSize(cpus=8, object_store_bytes=500_000_000)) as head:
-        run_to_the_end(head, ["python", "jobs/index.py", str(tmp_path / "slides"), "--out", str(tmp_path / "index")])
-        job = Submission(head, ["python", "jobs/pretrain.py", *words])
-        victim = process_of(head, "evaluation")
-        victim.kill()
-        job.wait_for(lambda line: line.startswith("the evaluation of step ") and "is tried again" in line)
-        text = job.finish()
+    job = Submission(head, ["python", "jobs/pretrain.py", "--index", index, "--out", str(run), *TINY, *settings])
+    process_of(head, "evaluation").kill()
+    job.wait_for(lambda line: line.startswith("the evaluation of step ") and "is tried again" in line)
+    text = job.finish()
     assert job.status == 0, text
     assert "the workers failed" not in text
     assert "restarted on" not in text
@@ -55,10 +68,8 @@ def test_checkpoints_are_evaluated_beside_the_run_though_one_evaluation_is_kille
     assert {scalar.step for scalar in curves.Scalars("evaluate/tiles/both/knn_balanced_accuracy")} == reports
 
 
-def test_a_dataset_that_cannot_be_used_is_refused_before_the_run(tmp_path: Path) -> None:
-    make_slides(tmp_path / "slides", count=1)
-    assert run_directly("index.py", str(tmp_path / "slides"), "--out", str(tmp_path / "index")).returncode == 0
-    words = ["--index", str(tmp_path / "index"), "--out", str(tmp_path / "run"), *TINY]
+def test_a_dataset_that_cannot_be_used_is_refused_before_the_run(index: str, tmp_path: Path) -> None:
+    words = ["--index", index, "--out", str(tmp_path / "run"), *TINY]
     done = run_directly("pretrain.py", *words, *set_words(f"evaluation.datasets=[{tmp_path / 'nowhere'}]"))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: the dataset has no labelled tiles")
