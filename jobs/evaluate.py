@@ -14,7 +14,8 @@ docs/guides/evaluation.md explains every figure. Probes, from fast to slow:
     linear           logistic regression, its strength chosen on a part of the training tiles
     virchow_linear   the protocol of the Virchow papers: SGD, 12,500 iterations of 4,096; minutes on a CPU
 
-Exit status: 0, or 2 with a one-line diagnosis as the last line.
+A report of the same step and dataset is replaced. Exit status: 0; 2 with a one-line diagnosis as the last line; 75 with
+one where the same command may succeed later, as a bucket was away.
 """
 
 import argparse

@@ -98,7 +98,7 @@ def test_a_cluster_that_cannot_be_started_here_is_a_diagnosis(
     monkeypatch.setattr(os, "environ", {})
     refuse_with(monkeypatch, failure)
     with pytest.raises(
-        ClusterError, match=rf"cannot be started .*{type(failure).__name__}: The node timed out.*ray stop"
+        ClusterError, match=rf"cannot be started .*{type(failure).__name__}: The node timed out.*process ids"
     ):
         connect()
 

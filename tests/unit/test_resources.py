@@ -68,7 +68,7 @@ def test_room_is_asked_for_until_it_is_there(monkeypatch: pytest.MonkeyPatch) ->
     cluster = FakeCluster(monkeypatch, {"CPU": 4.0}, False, False, True)
     told: list[str] = []
     wait_for_resources(CLUSTER, "cpu", told.append, poll_s=0.01)
-    assert told == ["waiting up to 0.2 s for 7 CPU more"]
+    assert told == ["waiting up to 0.2 s for 7 CPU more: the run begins with 3 x (2 CPU) and 5 x (1 CPU)"]
     assert cluster.asked == [{"CPU": 2.0}] * 3 + [{"CPU": 1.0}] * 5
     assert cluster.removed
 
@@ -77,7 +77,7 @@ def test_room_that_others_have_is_waited_for(monkeypatch: pytest.MonkeyPatch) ->
     FakeCluster(monkeypatch, {"CPU": 12.0}, False, True)
     told: list[str] = []
     wait_for_resources(CLUSTER, "cpu", told.append, poll_s=0.01)
-    assert told == ["waiting up to 0.2 s for room for 3 x (2 CPU) and 5 x (1 CPU)"]
+    assert told == ["waiting up to 0.2 s for room that others have: the run begins with 3 x (2 CPU) and 5 x (1 CPU)"]
 
 
 def test_a_cluster_that_stays_too_small_is_a_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:

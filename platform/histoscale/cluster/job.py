@@ -85,8 +85,8 @@ def connect() -> None:
             "Ray cannot be started on this machine",
             value=f"{type(error).__name__}: {last_line(error)}",
             expected="a Ray head of this process",
-            remedy="look at the memory and at the disk of /tmp, end what is left of other heads with `ray stop`, or "
-            "set RAY_ADDRESS to a cluster",
+            remedy="look at the memory and at the disk of /tmp, end what is left of heads of yours by its process ids, "
+            "or set RAY_ADDRESS to a cluster",
         ) from error
 
 

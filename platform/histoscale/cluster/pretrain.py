@@ -30,9 +30,10 @@ from histoscale.cluster.run_folder import (
 from histoscale.cluster.segments import next_segments, out_from, read_segments, write_segments
 from histoscale.cluster.watching import Watched
 from histoscale.config.recipe import Recipe
-from histoscale.errors import CheckpointError, StorageError
+from histoscale.errors import CheckpointError, HistoscaleError, StorageError
 from histoscale.evaluate.datasets import open_dataset
 from histoscale.models.published import describe_published, load_for
+from histoscale.observe.run_report import write_report
 from histoscale.observe.timeline import Event, Kind, Timeline
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
@@ -193,7 +194,16 @@ def _go_on(checked: CheckedRequest, device: str, lease: Lease, tell: Callable[[s
     if bad_slides.error is not None:
         raise bad_slides.error
     step = _committed_step(store)
+    _report(store, recipe, tell)
     return PretrainOutcome(step, recipe.steps, stopped=step < recipe.steps)
+
+
+def _report(store: Store, recipe: Recipe, tell: Callable[[str], None]) -> None:
+    """Write the run's report; that it cannot be is no failure of the run."""
+    try:
+        tell(f"report: {write_report(store, recipe, latest_commit(store))[0]}")
+    except HistoscaleError as error:
+        tell(f"warning: the run's report was not written: {error}")
 
 
 @contextlib.contextmanager

@@ -1,11 +1,14 @@
 """What a person sees of a quickstart: the lines of its jobs without Ray's own, and the report at the end."""
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from histoscale.evaluate.figures import COLOUR, PRETRAINED, UNTRAINED
+from histoscale.evaluate.metrics import BALANCED_ACCURACY
+from histoscale.evaluate.probes import PROBES
 from histoscale.evaluate.report import EvaluationReport
 from histoscale.evaluate.table import percent
 
@@ -118,7 +121,8 @@ def render_report(
             "",
             f"- checkpoint: {places.run / checkpoint}",
             f"- exported model, with how to load it: {places.model / 'README.md'}",
-            f"- curves: tensorboard --logdir {places.run / 'events'}",
+            f"- the run's own report, with curves: {places.run / 'report.html'}",
+            f"- curves on TensorBoard: {Path(sys.executable).parent / 'tensorboard'} --logdir {places.run / 'events'}",
             f"- all figures: {places.run / 'evaluations'}" if evaluation else "- no evaluation",
             "",
             _next_step(evaluation),
@@ -132,12 +136,25 @@ def _accuracy(evaluation: EvaluationReport | None) -> list[str]:
         return ["Evaluation skipped: give labelled tiles with --dataset DIR (one folder per class)."]
     rows = [(PRETRAINED, "after pretraining"), (UNTRAINED, "the same network untrained"), (COLOUR, "colour statistics")]
     tiles, classes = sum(evaluation.counts.values()), len(evaluation.counts)
-    splits = len(evaluation.figure(PRETRAINED, "knn").values)
-    spread = f"mean +- std, {splits} split{'s' if splits > 1 else ''}"
+    probes = [probe for probe in PROBES if probe in evaluation.probes]
+    gains = [
+        f"{100 * gain.difference:+.1f} ({100 * gain.interval[0]:.1f} to {100 * gain.interval[1]:.1f})"
+        for probe in probes
+        for gain in evaluation.gains
+        if (gain.baseline, gain.probe, gain.metric) == (UNTRAINED, probe, BALANCED_ACCURACY)
+    ]
     return [
-        f"| kNN accuracy, {tiles} tiles in {classes} classes (chance {1.0 / classes:.1%}) | {spread} |",
-        "|---|---|",
-        *(f"| {title} | {percent(evaluation.figure(features, 'knn'))} |" for features, title in rows),
+        f"| balanced accuracy, {tiles} tiles in {classes} classes (chance {1.0 / classes:.1%}) | "
+        + " | ".join(PROBES[probe].title for probe in probes)
+        + " |",
+        "|---" * (len(probes) + 1) + "|",
+        *(
+            f"| {title} | {' | '.join(percent(evaluation.figure(features, probe)) for probe in probes)} |"
+            for features, title in rows
+        ),
+        f"| gain over the untrained network, points (95 %) | {' | '.join(gains)} |",
+        "",
+        "Mean +- standard deviation over splits. Where the interval of a gain holds 0, so short a run has shown none.",
     ]
 
 

@@ -89,14 +89,16 @@ def wait_for_resources(
     try:
         if room.wait(_AT_ONCE_S):
             return
-        tell(f"waiting up to {cluster.start_timeout_s:g} s for {_lacking(cluster, device)}")
+        lacking = _lacking(cluster, device)
+        tell(f"waiting up to {cluster.start_timeout_s:g} s for {lacking}: the run begins with {_described(bundles)}")
         while not room.wait(poll_s):
             if time.monotonic() >= deadline_s:
                 raise ClusterError(
                     "the cluster is too small for the run",
                     value=f"{_lacking(cluster, device)} missing after {cluster.start_timeout_s:g} s",
                     expected=_described(bundles),
-                    remedy="add nodes, or lower cluster.workers, cluster.cpus_per_worker or cluster.readers with --set",
+                    remedy="add nodes, give the head more with `ray start --num-cpus`, or lower cluster.workers, "
+                    "cluster.cpus_per_worker or cluster.readers with --set",
                     transient=True,  # nodes may come later
                 )
     finally:
@@ -124,7 +126,7 @@ def _lacking(cluster: ClusterSection, device: str) -> str:
     there = _resources()
     short = {name: count - there.get(name, 0.0) for name, count in needed_resources(cluster, device).items()}
     missing = [f"{count:g} {name}" for name, count in short.items() if count > 0]
-    return f"{' and '.join(missing)} more" if missing else f"room for {_described(_bundles(cluster, device))}"
+    return f"{' and '.join(missing)} more" if missing else "room that others have"
 
 
 def _bundles(cluster: ClusterSection, device: str) -> list[dict[str, float]]:

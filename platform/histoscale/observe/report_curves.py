@@ -31,7 +31,14 @@ class Chart:
 CHARTS = (
     Chart(
         "Loss",
-        {"loss/total": "total", "loss/dino": "DINO", "loss/ibot": "iBOT", "loss/cls": "class", "loss/patch": "patches"},
+        {
+            "loss/total": "total",
+            "loss/dino": "DINO",
+            "loss/ibot": "iBOT",
+            "loss/kde": "KDE",
+            "loss/cls": "class",
+            "loss/patch": "patches",
+        },
         "With a teacher that moves, the loss may stand still while the model still learns: the evaluations tell.",
     ),
     Chart(
@@ -44,9 +51,11 @@ CHARTS = (
     Chart(
         "Pace",
         {"time/tiles_per_s": "tiles/s"},
-        "Of the whole run; dips are commits, restarts and other sizes of the worker group.",
+        "Of the whole run; dips are commits, restarts, other sizes of the worker group, or other work on the machines.",
     ),
-    Chart("Waiting for tiles", {"time/wait_share": "share of a step"}, "Above a few percent, more readers would help."),
+    Chart(
+        "Waiting for tiles", {"time/wait_share": "share of a step"}, "Above a few hundredths, more readers would help."
+    ),
 )
 
 

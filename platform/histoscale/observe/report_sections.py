@@ -75,7 +75,7 @@ def how_to_go_on(store: Store, recipe: Recipe, committed: int) -> str:
         recipe_file = f"{run}/recipe.yaml"
         lines.insert(0, f"python jobs/pretrain.py --recipe {recipe_file} --index {shlex.quote(index)} --out {run}")
     return "".join(f"<pre>{escape(line)}</pre>" for line in lines) + (
-        "<p>Each after <code>ray job submit ... --</code>; a recipe in a bucket is first copied to this machine.</p>"
+        "<p>Each after <code>ray job submit ... --</code>, or with the Python of histoscale's own environment.</p>"
     )
 
 
@@ -105,7 +105,7 @@ def _evaluation(reports: Sequence[EvaluationReport]) -> str:
     chance = 1.0 / len(newest.counts)
     text = (
         f"<p>{sum(newest.counts.values()):,} tiles, {len(newest.counts)} classes, chance {chance:.1%}; "
-        f"{escape(newest.division)}. A gain whose interval holds 0 is not shown.</p>"
+        f"{escape(newest.division)}. Where the interval of a gain holds 0, the gain is not established.</p>"
     )
     curves = {
         f"{probe}": [

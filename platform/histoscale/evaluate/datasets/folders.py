@@ -23,7 +23,10 @@ def _read(layout: Layout, listing: Listing, _: str) -> LabelledTiles:  # noqa: A
     uri = listing.store.uri
     if not by_class:
         raise DatasetError(
-            "the dataset has no labelled tiles", value=uri, expected=_EXPECTED, remedy="correct --dataset"
+            "the dataset has no labelled tiles",
+            value=uri,
+            expected=_EXPECTED,
+            remedy="correct the place of the dataset",
         )
     classes = sorted(by_class)
     rows = [FileRow(key, label) for label in classes for key in by_class[label]]
