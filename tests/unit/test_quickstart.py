@@ -10,7 +10,8 @@ from histoscale.cluster import quickstart
 from histoscale.cluster.quickstart import QuickstartRequest, run_quickstart
 from histoscale.cluster.quickstart_output import JobLines, Places, StepOutcome, render_report
 from histoscale.errors import ClusterError, RunError
-from histoscale.evaluate.figures import COLOUR, PRETRAINED, UNTRAINED, Figure
+from histoscale.evaluate.figures import COLOUR, PRETRAINED, UNTRAINED, Figure, Gain
+from histoscale.evaluate.metrics import BALANCED_ACCURACY
 from histoscale.evaluate.report import EvaluationReport, encode
 from histoscale.storage import open_store
 
@@ -196,3 +197,21 @@ def test_report_without_an_evaluation_names_what_was_skipped() -> None:
     assert "| slides | skipped |" in text
     assert "| index | 2.2 s |" in text
     assert "/out/run/checkpoints/x" in text
+
+
+def test_the_report_has_both_probes_and_says_what_is_not_established() -> None:
+    figures = [
+        Figure(features, "both", probe, BALANCED_ACCURACY, (value, value + 0.02), (value - 0.1, value + 0.1))
+        for probe, shift in (("knn", 0.0), ("linear", 0.1))
+        for features, value in ((PRETRAINED, 0.52 + shift), (UNTRAINED, 0.5), (COLOUR, 0.4))
+    ]
+    gains = [Gain(UNTRAINED, "both", probe, BALANCED_ACCURACY, 0.02, (-0.04, 0.05), 0.3) for probe in ("knn", "linear")]
+    evaluation = EvaluationReport(
+        "tiles", "h" * 16, "f" * 16, 70, 2240, {"a": 10, "b": 10}, "2 splits", tuple(figures), tuple(gains)
+    )
+    text = render_report(Places(Path("/out")), [], "checkpoints/x", evaluation)
+    assert "| balanced accuracy, 20 tiles in 2 classes (chance 50.0%) | kNN (k=20) | linear |" in text
+    assert "| after pretraining | 53.0 +- 1.4 % | 63.0 +- 1.4 % |" in text
+    assert "| colour statistics | 41.0 +- 1.4 % | 41.0 +- 1.4 % |" in text
+    assert "| gain over the untrained network, points (95 %) | +2.0 (-4.0 to 5.0) | +2.0 (-4.0 to 5.0) |" in text
+    assert "/out/run/report.html" in text
