@@ -71,8 +71,9 @@ def test_any_other_error_of_checkpoints_ends_the_run(store: Store, monkeypatch: 
 
 def run(store: Store, go_on: Any, told: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(driver, "Lease", lambda store, holder: contextlib.nullcontext())
-    monkeypatch.setattr(driver, "resolve_device", lambda cluster: "cpu")
+    monkeypatch.setattr(driver, "read_run", lambda store: None)
+    monkeypatch.setattr(driver, "resolve_device", lambda cluster, precision: "cpu")
     monkeypatch.setattr(driver, "_go_on", go_on)
-    request = SimpleNamespace(recipe=SimpleNamespace(cluster=None), holder="job")
+    request = SimpleNamespace(recipe=SimpleNamespace(cluster=None, precision="fp32"), holder="job")
     checked: Any = SimpleNamespace(store=store, request=request)
     return driver.pretrain(checked, told.append)
