@@ -21,6 +21,7 @@ from histoscale.cluster.resources import resolve_device, trainer_nodes, wait_for
 from histoscale.cluster.run_folder import (
     DEFAULT_PRECISION,
     check_same_experiment,
+    committed_step,
     read_run,
     recorded_origins,
     recorded_snapshot,
@@ -151,12 +152,12 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
     device = resolve_device(checked.request.recipe.cluster, (stored or checked.request.recipe).precision)
     with Lease(checked.store, checked.request.holder) as lease:
         while True:
-            start = _committed_step(checked.store)
+            start = committed_step(checked.store)
             try:
                 return _go_on(checked, device, lease, tell)
             except CheckpointError as error:
                 # The workers have left out a commit that was corrupt: what follows the one before is planned anew.
-                if _committed_step(checked.store) >= start:
+                if committed_step(checked.store) >= start:
                     raise
                 tell(f"warning: {error}")
 
@@ -193,7 +194,7 @@ def _go_on(checked: CheckedRequest, device: str, lease: Lease, tell: Callable[[s
         tell(line)
     if bad_slides.error is not None:
         raise bad_slides.error
-    step = _committed_step(store)
+    step = committed_step(store)
     _report(store, recipe, tell)
     return PretrainOutcome(step, recipe.steps, stopped=step < recipe.steps)
 
@@ -218,7 +219,7 @@ def _recorded(store: Store, recipe: Recipe, start: int) -> Iterator[Timeline]:
     finally:
         # The record of a run is worth less than what ends it: where this fails, the step is the one of the start.
         with contextlib.suppress(StorageError, CheckpointError):
-            step = _committed_step(store)
+            step = committed_step(store)
         kind, reason = (Kind.END, "complete") if step >= recipe.steps else (Kind.STOP, "asked to stop")
         timeline.tell(Event(kind, time.time(), step, workers, "the job failed" if failed else reason))
         timeline.close()
@@ -229,11 +230,6 @@ def _memory(recipe: Recipe, device: str, teacher: Teacher | None) -> MemoryForec
     cluster, dtype = recipe.cluster, torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     on: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
     return forecast(recipe, cluster.worker_bounds[0], cluster.zero_stage, dtype, on, taught)
-
-
-def _committed_step(store: Store) -> int:
-    commit = latest_commit(store)
-    return commit.step if commit else 0
 
 
 def _feed(

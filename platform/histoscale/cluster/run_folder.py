@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from histoscale.checkpoint.parent import PARENT_KEY, Parent, write_parent
+from histoscale.checkpoint.reader import latest_commit
 from histoscale.config.decode import differences, dump_recipe, fingerprint, recorded_recipe
 from histoscale.config.recipe import Recipe
 from histoscale.errors import RunError
@@ -59,6 +60,12 @@ def require_run(store: Store) -> Recipe:
             remedy="start a run there first, or correct the path",
         )
     return recipe
+
+
+def committed_step(store: Store) -> int:
+    """Steps of the newest commit; 0 where there is none."""
+    commit = latest_commit(store)
+    return commit.step if commit else 0
 
 
 def check_same_experiment(store: Store, recipe: Recipe, stored: Recipe, snapshot_id: str) -> None:

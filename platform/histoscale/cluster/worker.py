@@ -15,17 +15,17 @@ from ray.train.torch import get_device
 
 from histoscale.checkpoint.collective import on_first_rank
 from histoscale.checkpoint.manifest import Commit
-from histoscale.checkpoint.reader import latest_commit
 from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Pulse, Wish, warnings_told
 from histoscale.cluster.failures import Yielded
 from histoscale.cluster.lease import require_lease
+from histoscale.cluster.run_folder import committed_step
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, RunError
 from histoscale.observe.alarms import Alarms
 from histoscale.observe.goodput import STALL_S, GoodputMeter
 from histoscale.observe.metrics import MetricsWriter
 from histoscale.observe.timeline import Event, Kind, Timeline, wall_before
-from histoscale.storage import Store, open_store
+from histoscale.storage import open_store
 from histoscale.stream.faults import Fault
 from histoscale.stream.feed import MicroBatch, RankFeed
 from histoscale.stream.windows import FeedMasterHandle, FeedSpec, RankShare
@@ -67,7 +67,7 @@ def _train(spec: WorkerSpec, rank: int, workers: int) -> None:
     try:
         store = open_store(spec.run_uri)
         device = get_device() if spec.device == "cuda" else torch.device("cpu")
-        attempt, expected = on_first_rank(lambda: (secrets.token_hex(8), _committed_step(store)))
+        attempt, expected = on_first_rank(lambda: (secrets.token_hex(8), committed_step(store)))
         with contextlib.ExitStack() as stack:
             feed = stack.enter_context(_feed(spec, attempt, rank, workers, expected))
             feed.begin()  # readers start while the network is built and its state is read
@@ -83,11 +83,6 @@ def _train(spec: WorkerSpec, rank: int, workers: int) -> None:
                 _follow(spec, trainer, feed, start)
     finally:
         pulse.stop()
-
-
-def _committed_step(store: Store) -> int:
-    commit = latest_commit(store)
-    return commit.step if commit else 0
 
 
 def _feed(spec: WorkerSpec, attempt: str, rank: int, workers: int, start: int) -> "contextlib.closing[RankFeed]":
