@@ -166,12 +166,17 @@ def require_lease(store: Store, token: str) -> None:
     """
     found = read_lease(store)
     if found is None or found.token != token:
-        raise RunError(
-            f"run {store.uri} was taken over by another job",
-            value=(found.holder or f"a damaged {_KEY}") if found else f"no {_KEY}",
-            expected="a heartbeat of this job every few seconds",
-            remedy="follow that job; this one was silent for too long",
-        )
+        raise taken_over(store.uri, (found.holder or f"a damaged {_KEY}") if found else f"no {_KEY}")
+
+
+def taken_over(run_uri: str, found: str | None = None) -> RunError:
+    """The error for a job that has lost its run; `found` is what holds it now, where that is known."""
+    return RunError(
+        f"run {run_uri} was taken over by another job",
+        value=found,
+        expected="a heartbeat of this job every few seconds",
+        remedy="follow that job; this one was silent for too long",
+    )
 
 
 def _held(store: Store, holder: str | None) -> RunError:

@@ -17,7 +17,7 @@ from histoscale.checkpoint.collective import on_first_rank
 from histoscale.checkpoint.manifest import Commit
 from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Pulse, Wish, warnings_told
 from histoscale.cluster.failures import Yielded
-from histoscale.cluster.lease import require_lease
+from histoscale.cluster.lease import require_lease, taken_over
 from histoscale.cluster.run_folder import committed_step
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, RunError
@@ -197,11 +197,7 @@ def _tell_faults(spec: WorkerSpec, micro_batches: Sequence[MicroBatch | None]) -
 
 def _require_the_run(line: ControlLine, run_uri: str) -> None:
     if line.wish is Wish.ABANDON:
-        raise RunError(
-            f"run {run_uri} was taken over by another job",
-            expected="a heartbeat of this job every few seconds",
-            remedy="follow that job; this one was silent for too long",
-        )
+        raise taken_over(run_uri)
 
 
 def _commit_if_due(
