@@ -1,11 +1,17 @@
-r"""Probe a run's newest checkpoint on labelled tiles, beside the same network untrained and plain colour statistics.
+r"""Probe a network on labelled tiles, beside the same network untrained, plain colour statistics, and others.
 
     ray job submit --address http://127.0.0.1:8265 --working-dir . --runtime-env jobs/runtime_env.yaml -- \
-        python jobs/evaluate.py --run RUN --dataset DIR [--probes knn,linear] [--embedding both] [--seeds 3]
+        python jobs/evaluate.py --run RUN --dataset DIR [--probes knn,linear] [--embedding both] [--beside MODEL ...]
 
-RUN is the --out of jobs/pretrain.py. DIR is a folder or an s3:// prefix that holds one folder per class with PNG, JPEG
-or TIFF tiles in it, or another layout of docs/guides/datasets.md. The table is printed;
-all figures go to RUN/evaluations/. A GPU is used where the cluster has one.
+RUN is the --out of jobs/pretrain.py; its newest checkpoint is taken. DIR is a folder or an s3:// prefix that holds one
+folder per class with PNG, JPEG or TIFF tiles in it, or another layout of docs/guides/datasets.md. The table is printed;
+all figures go to RUN/evaluations/. MODEL is another run, an export, or ARCH=FILE of published weights: all are asked
+about the same tiles, so their differences have intervals. Other calls:
+
+    python jobs/evaluate.py --model MODEL --out DIR --dataset DIR      a network that is no run of yours
+    python jobs/evaluate.py --run RUN --suite jobs/suites/virchow2.yaml --dataset FOLDER
+        every task of a suite whose dataset is in FOLDER, with the paper's figures beside; again, to go on
+
 docs/guides/evaluation.md explains every figure. Probes, from fast to slow:
 
     knn              votes of the 20 nearest tiles; fits nothing, and names the run's best step
@@ -14,11 +20,12 @@ docs/guides/evaluation.md explains every figure. Probes, from fast to slow:
     linear           logistic regression, its strength chosen on a part of the training tiles
     virchow_linear   the protocol of the Virchow papers: SGD, 12,500 iterations of 4,096; minutes on a CPU
 
-A report of the same step and dataset is replaced. Exit status: 0; 2 with a one-line diagnosis as the last line; 75 with
-one where the same command may succeed later, as a bucket was away.
+A report of the same step and dataset is replaced. A GPU is used where the cluster has one. Exit status: 0; 2 with a
+one-line diagnosis as the last line; 75 with one where the same command may succeed later, as a bucket was away.
 """
 
 import argparse
+from functools import partial
 
 from histoscale.cluster.job import connect, location, run_job
 
@@ -26,12 +33,17 @@ from histoscale.cluster.job import connect, location, run_job
 def main() -> None:
     """Read the arguments, evaluate on a node of the cluster, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, metavar="RUN", help="the run folder (a folder or an s3:// prefix)")
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--run", metavar="RUN", help="the run folder (a folder or an s3:// prefix)")
+    subject.add_argument("--model", metavar="MODEL", help="an export, a run of others, or ARCH=FILE")
+    parser.add_argument("--out", metavar="DIR", help="where reports go; by default the run folder")
+    parser.add_argument("--dataset", required=True, metavar="DIR", help="labelled tiles, or a CSV that names them")
+    parser.add_argument("--suite", metavar="FILE", help="tasks to measure; --dataset then holds all their datasets")
     parser.add_argument(
-        "--dataset", required=True, metavar="DIR", help="a labelled dataset; a CSV that names tiles, too"
+        "--beside", action="append", default=[], metavar="MODEL", help="another network; may come again"
     )
     parser.add_argument(
-        "--layout", default="auto", help="of the dataset, such as breakhis:200x, where it cannot be told by itself"
+        "--layout", default="auto", help="of the dataset, such as breakhis:200x, where it cannot be told"
     )
     parser.add_argument("--probes", default="knn,linear", metavar="LIST", help="with commas between; see above")
     parser.add_argument(
@@ -41,34 +53,28 @@ def main() -> None:
         help="cls (class token), patch_mean, or both of them side by side; several with commas between",
     )
     parser.add_argument("--seeds", type=int, default=3, help="splits to draw where the dataset has none of its own")
+    parser.add_argument("--cpus", type=int, default=1, help="of the node that evaluates")
     arguments = parser.parse_args()
+    if arguments.model and not arguments.out:
+        parser.error("argument --out: is needed with --model, to say where the report goes")
 
-    import ray
+    from histoscale.cluster.evaluate import EvaluateRequest, evaluate, model_place
 
-    from histoscale.cluster.failures import diagnosis_in
-    from histoscale.cluster.run_folder import require_run
-    from histoscale.evaluate.assess import EvaluationPlan
-    from histoscale.evaluate.report import EvaluationReport, evaluate_run
-    from histoscale.storage import join, open_store
-
-    plan = EvaluationPlan.parse(arguments.probes, arguments.embedding, arguments.seeds)
-    run_uri, dataset_uri = location(arguments.run, "--run"), location(arguments.dataset, "--dataset")
-    recipe = require_run(open_store(run_uri))
-
-    def evaluate(device: str) -> EvaluationReport:
-        import torch
-
-        return evaluate_run(open_store(run_uri), recipe, dataset_uri, torch.device(device), plan, arguments.layout)
-
-    connect()
-    has_gpu = ray.cluster_resources().get("GPU", 0.0) >= 1.0  # type: ignore[no-untyped-call]
-    task = ray.remote(evaluate).options(num_cpus=1, num_gpus=1 if has_gpu else 0)
-    try:
-        report = ray.get(task.remote("cuda" if has_gpu else "cpu"))
-    except ray.exceptions.RayTaskError as error:
-        raise diagnosis_in(error) or error from None
-    print(report.table())
-    print(f"report: {join(run_uri, report.key)}")
+    request = EvaluateRequest(
+        subject=location(arguments.run, "--run") if arguments.run else model_place(arguments.model, "--model"),
+        is_run=arguments.run is not None,
+        out=location(arguments.out or arguments.run, "--out"),
+        dataset=location(arguments.dataset, "--dataset"),
+        suite=arguments.suite,
+        beside=tuple(model_place(place, "--beside") for place in arguments.beside),
+        layout=arguments.layout,
+        probes=arguments.probes,
+        embeddings=arguments.embedding,
+        seeds=arguments.seeds,
+        cpus=arguments.cpus,
+    )
+    for line in evaluate(request, connect, partial(print, flush=True)):
+        print(line)
 
 
 if __name__ == "__main__":

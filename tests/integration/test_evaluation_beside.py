@@ -72,5 +72,5 @@ def test_a_dataset_that_cannot_be_used_is_refused_before_the_run(index: str, tmp
     words = ["--index", index, "--out", str(tmp_path / "run"), *TINY]
     done = run_directly("pretrain.py", *words, *set_words(f"evaluation.datasets=[{tmp_path / 'nowhere'}]"))
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: the dataset has no labelled tiles")
+    assert done.stderr.splitlines()[-1].startswith("error: the place of the dataset does not exist, or is empty")
     assert not (tmp_path / "run").exists()

@@ -20,10 +20,11 @@ from histoscale.config.decode import decode_recipe, fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, DatasetError
 from histoscale.evaluate import backbone as backbone_module
-from histoscale.evaluate import report as report_module
+from histoscale.evaluate import comparison as comparison_module
 from histoscale.evaluate.assess import EvaluationPlan
 from histoscale.evaluate.backbone import initial_backbone, trained_backbone
 from histoscale.evaluate.baselines import colour_statistics
+from histoscale.evaluate.comparison import evaluate_run
 from histoscale.evaluate.datasets import FileTiles, LabelledTiles, decode_tile, open_dataset
 from histoscale.evaluate.embed import BOTH, CLS, PATCH_MEAN, Embedder, of_kind
 from histoscale.evaluate.features import extract
@@ -32,7 +33,6 @@ from histoscale.evaluate.report import (
     EvaluationReport,
     decode,
     encode,
-    evaluate_run,
     latest_report,
     note_best,
 )
@@ -92,9 +92,13 @@ def test_dataset_lists_classes_and_tiles_in_sorted_order(tmp_path: Path) -> None
     assert dataset.describe(12) == "red #5"
 
 
-@pytest.mark.parametrize("make", [lambda folder: None, lambda folder: (folder / "empty").mkdir(parents=True)])
-def test_dataset_without_tiles_is_refused(tmp_path: Path, make: object) -> None:
-    make(tmp_path / "data")  # type: ignore[operator]
+def test_dataset_without_tiles_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="does not exist, or is empty"):
+        open_dataset(str(tmp_path / "data"))
+    (tmp_path / "data" / "empty").mkdir(parents=True)
+    with pytest.raises(DatasetError, match="does not exist, or is empty"):
+        open_dataset(str(tmp_path / "data"))
+    (tmp_path / "data" / "empty" / "notes.txt").write_text("no tile")
     with pytest.raises(DatasetError, match="no labelled tiles"):
         open_dataset(str(tmp_path / "data"))
 
@@ -211,7 +215,9 @@ def evaluated(
 ) -> EvaluationReport:
     recipe = tiny_recipe()
     backbone = initial_backbone(recipe)
-    monkeypatch.setattr(report_module, "trained_backbone", lambda store, recipe: (backbone, commit_of(recipe, step)))
+    monkeypatch.setattr(
+        comparison_module, "trained_backbone", lambda store, recipe: (backbone, commit_of(recipe, step))
+    )
     tiles = str(two_classes(folder / "tiles", 10))
     return evaluate_run(open_store(folder / "run"), recipe, tiles, torch.device("cpu"), plan)
 

@@ -13,6 +13,7 @@ NAMES = (
     "augment",
     "checkpoint",
     "elastic",
+    "evaluate",
     "faults",
     "feed",
     "goodput",

@@ -49,11 +49,11 @@ _SETTINGS = (
 
 def elastic() -> Iterator[Figure]:
     """`elastic.recovery_s`, `elastic.steps_redone` after a kill and after a notice, `elastic.curve_difference`."""
-    with tempfile.TemporaryDirectory(prefix="histoscale-bench-") as name, _environment() as environment:
+    with tempfile.TemporaryDirectory(prefix="histoscale-bench-") as name, bench_environment() as environment:
         folder = Path(name)
         with _cluster() as (cluster, last_node):
             environment["RAY_ADDRESS"] = cluster.address
-            index = _index(folder, environment)
+            index = small_index(folder, environment)
             _pretrain(index, folder / "alone", "1", environment).finish()
             job = _pretrain(index, folder / "run", "[1, 2]", environment)
             try:
@@ -136,7 +136,8 @@ def _pretrain(index: Path, run: Path, workers: str, environment: Mapping[str, st
     return WatchedJob([*command, *set_words(*_SETTINGS, f"cluster.workers={workers}")], environment)
 
 
-def _index(folder: Path, environment: Mapping[str, str]) -> Path:
+def small_index(folder: Path, environment: Mapping[str, str]) -> Path:
+    """An index of two slides that are drawn."""
     make_slides(folder / "slides", count=2)
     command = [sys.executable, "jobs/index.py", str(folder / "slides"), "--out", str(folder / "index")]
     subprocess.run(command, env=dict(environment), check=True, stdout=sys.stderr)
@@ -144,7 +145,7 @@ def _index(folder: Path, environment: Mapping[str, str]) -> Path:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[dict[str, str]]:
+def bench_environment() -> Iterator[dict[str, str]]:
     """Of all processes: nodes inherit it, and workers of nodes. Threads that wait must not spin on two cores."""
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT, RAY_AUTH_MODE="disabled", OMP_WAIT_POLICY="PASSIVE")

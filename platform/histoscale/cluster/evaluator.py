@@ -1,6 +1,7 @@
 """Evaluations beside a run: Ray tasks on free CPUs or a GPU, started by a thread of the driver."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -16,7 +17,8 @@ from histoscale.cluster.failures import diagnosis_in
 from histoscale.config.recipe import Recipe
 from histoscale.errors import StorageError
 from histoscale.evaluate.assess import EvaluationPlan
-from histoscale.evaluate.report import evaluate_run, latest_step
+from histoscale.evaluate.comparison import evaluate_run
+from histoscale.evaluate.report import latest_step
 from histoscale.observe.evaluation_events import write_evaluation
 from histoscale.observe.run_report import write_report
 from histoscale.storage import open_store
@@ -24,6 +26,9 @@ from histoscale.storage import open_store
 _POLL_S = 5.0
 _LAST_S = 1800.0
 """How long a run that is complete waits for the evaluation of its last checkpoint."""
+
+_NICENESS = 10
+"""Of an evaluation's process: where it shares cores with a reader or a trainer, these come first."""
 
 
 @contextlib.contextmanager
@@ -92,7 +97,8 @@ class _Task(Evaluation):
 
     def __init__(self, run_uri: str, recipe: Recipe, dataset_uri: str) -> None:
         evaluation = recipe.evaluation
-        task: Any = ray.remote(_evaluate).options(
+        # The process goes with the task: the next one in it would be as nice.
+        task: Any = ray.remote(max_calls=1)(_evaluate).options(
             num_cpus=evaluation.cpus, num_gpus=evaluation.gpus, max_retries=0, name="evaluation"
         )
         self._ref = task.remote(run_uri, recipe, dataset_uri)
@@ -119,6 +125,7 @@ def _what_happened(error: RayError) -> str:
 
 def _evaluate(run_uri: str, recipe: Recipe, dataset_uri: str) -> Evaluated:
     """On the node of the task."""
+    os.nice(_NICENESS)
     torch.set_num_threads(recipe.evaluation.cpus)
     store = open_store(run_uri)
     report = evaluate_run(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from histoscale.errors import DatasetError, RecipeError
 from histoscale.evaluate.embed import BOTH, EMBEDDINGS, of_kind
 from histoscale.evaluate.features import FloatArray
-from histoscale.evaluate.figures import BASELINES, COLOUR, NO_EMBEDDING, PRETRAINED, Figure, Gain, Robustness
+from histoscale.evaluate.figures import COLOUR, NO_EMBEDDING, PRETRAINED, Figure, Gain, Robustness
 from histoscale.evaluate.intervals import Told, bootstrap, interval, permutation_p, values_of
 from histoscale.evaluate.metrics import METRICS, Samples
 from histoscale.evaluate.probes import DEFAULT_PROBES, PROBES, probe_features, require_known
@@ -89,8 +89,8 @@ def assess(features: Mapping[str, FloatArray], truth: Truth, plan: EvaluationPla
     """Measure what each kind of feature tells about the classes, and about the centers where these are known.
 
     Args:
-        features: Features of the tiles by name, float32 [N, D]: of `PRETRAINED` and the networks among `BASELINES`
-            class token ++ mean of patches.
+        features: Features of the tiles by name, float32 [N, D]: of `PRETRAINED`, of what it is set beside, and of
+            `COLOUR`; of networks class token ++ mean of patches.
         truth: Of the tiles.
         plan: What to measure.
 
@@ -134,7 +134,7 @@ def _gains(
 ) -> list[Gain]:
     ours = answers[PRETRAINED, embedding]
     gains = []
-    for baseline in BASELINES:
+    for baseline in dict.fromkeys(name for name, _ in answers if name != PRETRAINED):
         theirs = answers[baseline, NO_EMBEDDING if baseline == COLOUR else embedding]
         p_values = permutation_p(labels, units, ours.told, theirs.told)
         for metric in METRICS:

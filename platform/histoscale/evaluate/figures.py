@@ -20,7 +20,7 @@ class Figure:
     """One metric of one probe on one kind of feature.
 
     Attributes:
-        features: `PRETRAINED`, `UNTRAINED` or `COLOUR`.
+        features: `PRETRAINED`, one of `BASELINES`, or the name of a network beside it.
         embedding: Which tokens of the network; `NO_EMBEDDING` for `COLOUR`.
         probe: Name of the probe.
         metric: Name of the metric.
@@ -48,10 +48,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Gain:
-    """By how much the pretrained network is above a baseline, by one metric of one probe on the same tiles.
+    """By how much the pretrained network is above another, by one metric of one probe on the same tiles.
 
     Attributes:
-        baseline: One of `BASELINES`.
+        baseline: The other: one of `BASELINES`, or the name of a network beside it.
         embedding: Which tokens of the networks.
         probe: Name of the probe.
         metric: Name of the metric.
@@ -74,7 +74,7 @@ class Robustness:
     """How much of a kind of feature is about the center, on tiles where classes and centers are balanced.
 
     Attributes:
-        features: `PRETRAINED`, `UNTRAINED` or `COLOUR`.
+        features: As of `Figure`.
         embedding: Which tokens of the network; `NO_EMBEDDING` for `COLOUR`.
         tiles: That are balanced.
         neighbours: Of each tile that are looked at.

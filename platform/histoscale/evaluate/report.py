@@ -1,23 +1,14 @@
-"""From a run and a labelled dataset to a report in the run folder, and its table for people."""
+"""What an evaluation found, as a report in the run folder and as a table for people; and which step is the best."""
 
 import json
 import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from histoscale.checkpoint.retention import BEST_KEY, read_best
-from histoscale.config.decode import fingerprint
-from histoscale.config.recipe import Recipe
 from histoscale.errors import DatasetError
-from histoscale.evaluate.assess import EvaluationPlan, Truth, assess
-from histoscale.evaluate.backbone import initial_backbone, trained_backbone
-from histoscale.evaluate.baselines import colour_statistics
-from histoscale.evaluate.datasets import AUTO, open_dataset
-from histoscale.evaluate.embed import BOTH, Embedder
-from histoscale.evaluate.features import Extractor, extract
-from histoscale.evaluate.figures import COLOUR, PRETRAINED, UNTRAINED, Figure, Gain, Robustness, find_figure
+from histoscale.evaluate.embed import BOTH
+from histoscale.evaluate.figures import PRETRAINED, UNTRAINED, Figure, Gain, Robustness, find_figure
 from histoscale.evaluate.metrics import BALANCED_ACCURACY
 from histoscale.evaluate.probes import PROBES
 from histoscale.evaluate.table import WIDTH, figures_table, robustness_table
@@ -113,59 +104,6 @@ class EvaluationReport:
                 *(line for note in self.notes for line in textwrap.wrap(note, WIDTH)),
             ]
         )
-
-
-def evaluate_run(
-    run_store: Store,
-    recipe: Recipe,
-    dataset_uri: str,
-    device: torch.device,
-    plan: EvaluationPlan,
-    layout: str = AUTO,
-) -> EvaluationReport:
-    """Probe the newest checkpoint of a run on a labelled dataset, and write the report into the run folder.
-
-    Where it is the best so far on its dataset, its checkpoint stays; see `note_best`.
-
-    Args:
-        run_store: The run folder.
-        recipe: Of the run.
-        dataset_uri: The dataset.
-        device: Where the networks look at it.
-        plan: What is measured.
-        layout: Of the dataset; see `open_dataset`.
-
-    Raises:
-        DatasetError: The dataset is incomplete, cannot be divided, or holds tiles that cannot be read.
-        CheckpointError: The run has no usable checkpoint.
-    """
-    dataset = open_dataset(dataset_uri, layout)
-    trained, commit = trained_backbone(run_store, recipe)
-    side_px = recipe.crops.global_px
-    extractors: dict[str, Extractor] = {
-        PRETRAINED: Embedder(trained, side_px, device),
-        UNTRAINED: Embedder(initial_backbone(recipe), side_px, device),
-        COLOUR: colour_statistics,
-    }
-    features = extract(dataset, extractors)
-    truth = Truth(dataset.classes, dataset.labels, dataset.groups, dataset.centers, dataset.parts)
-    found = assess(features.by_name, truth, plan)
-    report = EvaluationReport(
-        dataset=dataset.name,
-        dataset_hash=features.content_hash,
-        fingerprint=fingerprint(recipe),
-        step=commit.step,
-        images_seen=commit.images_seen,
-        counts=dataset.counts(),
-        division=found.division,
-        figures=found.figures,
-        gains=found.gains,
-        robustness=found.robustness,
-        notes=found.notes,
-    )
-    run_store.put(report.key, encode(report))
-    note_best(run_store, report)
-    return report
 
 
 def note_best(run_store: Store, report: EvaluationReport) -> None:

@@ -14,9 +14,10 @@ from histoscale.errors import DatasetError, StorageError
 from histoscale.evaluate.datasets import LAYOUTS, open_dataset
 from histoscale.evaluate.datasets.hest import check_hest
 from histoscale.evaluate.datasets.layout import Layout
+from histoscale.evaluate.probes import PROBES
 from histoscale.storage import is_remote, join
 
-HEST = "hest"
+HEST, FOREST = "hest", "random_forest"
 
 Embedding = Literal["cls_mean", "cls"]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -49,10 +50,10 @@ class Task(Section):
         folder: Where it lies in the folder of datasets; nothing for a private dataset.
         private: Nobody but the paper's authors has the dataset.
         metric: What the figures are.
-        protocol: How embeddings are judged.
+        protocol: How embeddings are judged: the name of a probe, or "random_forest" for expression.
         tiles: Tiles of the dataset as the paper counts them, where it does.
         table: Where in the paper the figures stand.
-        published: What the paper reports.
+        published: What the paper reports; nothing in a suite of one's own.
         subtasks: Of a mean, what it is over.
         note: What else a reader of the figures must know.
     """
@@ -63,10 +64,10 @@ class Task(Section):
     folder: Name | None = None
     private: bool = False
     metric: Literal["weighted_f1", "pearson"]
-    protocol: Literal["linear_probe", "random_forest"]
+    protocol: Text
     tiles: Count | None = None
-    table: Text
-    published: Figures
+    table: Text = "none"
+    published: Figures = Field(default_factory=dict)
     subtasks: tuple[Subtask, ...] = ()
     note: str = ""
 
@@ -77,6 +78,11 @@ class Task(Section):
         is_hest = self.layout == HEST
         if is_hest != bool(self.subtasks) or is_hest != (self.metric == "pearson"):
             raise ValueError("subtasks and the metric pearson are those of the layout hest")
+        if (self.protocol == FOREST) != (self.metric == "pearson") or self.protocol not in (FOREST, *PROBES):
+            raise ValueError(
+                f"protocol {self.protocol!r} does not give {self.metric}: {FOREST} gives pearson, and weighted_f1 "
+                f"comes from one of {', '.join(PROBES)}"
+            )
         base = (self.layout or HEST).partition(":")[0]
         known = (*LAYOUTS, HEST)
         if base not in known:
@@ -86,11 +92,11 @@ class Task(Section):
 
 
 class Suite(Section):
-    """The tasks of a paper.
+    """The tasks of a paper, or of one's own.
 
     Attributes:
         name: Of the suite.
-        source: The paper.
+        source: The paper, or who put it together.
         tasks: Its tasks.
     """
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-from histoscale.evaluate.figures import BASELINES, COLOUR, NO_EMBEDDING, PRETRAINED, Figure, Gain, Robustness
+from histoscale.evaluate.figures import COLOUR, NO_EMBEDDING, PRETRAINED, Figure, Gain, Robustness
 from histoscale.evaluate.intervals import Interval
 from histoscale.evaluate.metrics import BALANCED_ACCURACY
 from histoscale.evaluate.probes import PROBES
 
 WIDTH = 100
-_FIRST, _SECOND, _CELL = 15, 18, 22
+_FIRST, _SECOND, _CELL = 15, 27, 28
 _EMBEDDING_TITLES = {
     "cls": "class token",
     "patch_mean": "mean of patch tokens",
@@ -21,16 +21,14 @@ def figures_table(figures: Sequence[Figure], gains: Sequence[Gain]) -> Iterator[
     shown = [figure for figure in figures if figure.metric == BALANCED_ACCURACY]
     for embedding in dict.fromkeys(figure.embedding for figure in shown if figure.features == PRETRAINED):
         yield f"embedding {embedding}: {_EMBEDDING_TITLES[embedding]}"
-        yield _line("probe", "model", "accuracy [95 %]", *(f"over {name}"[:_CELL] for name in ("untrained", "colour")))
+        yield _line("probe", "model", "accuracy [95 %]", f"{PRETRAINED} above by [95 %]")
         for figure in shown:
             if figure.embedding in (embedding, NO_EMBEDDING):
                 cells = [
                     _signed(gain.difference, gain.interval)
-                    for baseline in BASELINES
                     for gain in gains
-                    if figure.features == PRETRAINED
-                    and (gain.baseline, gain.embedding, gain.probe, gain.metric)
-                    == (baseline, embedding, figure.probe, figure.metric)
+                    if (gain.baseline, gain.embedding, gain.probe, gain.metric)
+                    == (figure.features, embedding, figure.probe, figure.metric)
                 ]
                 title = PROBES[figure.probe].title if figure.features == PRETRAINED else ""
                 yield _line(title, figure.features, _bounded(figure.mean, figure.interval), *cells)
@@ -61,7 +59,7 @@ def percent(figure: Figure) -> str:
 
 
 def _line(first: str, second: str, *cells: str) -> str:
-    return (f"{first:<{_FIRST}} {second:<{_SECOND}}" + "".join(f"{cell:>{_CELL}}" for cell in cells)).rstrip()
+    return (f"{first:<{_FIRST}} {second[:_SECOND]:<{_SECOND}}" + "".join(f"{cell:>{_CELL}}" for cell in cells)).rstrip()
 
 
 def _bounded(value: float, interval: Interval) -> str:

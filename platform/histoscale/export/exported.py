@@ -18,12 +18,14 @@ class Exported:
         weights: URI of its weights.
         arch: Name of its shape.
         qk_norm: Whether it normalises queries and keys.
+        image_px: Side of the images that it sees.
         sha256: Of the weights, as its configuration says.
     """
 
     weights: str
     arch: str
     qk_norm: bool
+    image_px: int
     sha256: str
 
 
@@ -49,7 +51,7 @@ def read_export(store: Store) -> Exported:
             expected=f"format {FORMAT_VERSION} and one of {', '.join(ARCHS)}",
             remedy="export the run again with this version",
         )
-    return Exported(join(store.uri, WEIGHTS), fitting[0], qk_norm, sha256)
+    return Exported(join(store.uri, WEIGHTS), fitting[0], qk_norm, image_px, sha256)
 
 
 def _config(store: Store) -> dict[str, Any]:

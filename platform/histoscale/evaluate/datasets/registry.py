@@ -60,6 +60,13 @@ def open_dataset(uri: str, layout: str = AUTO, layouts: Mapping[str, Layout] = L
             )
         return open_table(uri)
     listing = list_place(uri)
+    if not listing.keys:
+        raise DatasetError(
+            "the place of the dataset does not exist, or is empty",
+            value=uri,
+            expected="a folder or an s3:// prefix with a dataset in it",
+            remedy="correct the place; every node of the cluster must see it",
+        )
     found = recognise(listing, layouts) if name == AUTO else layouts[name]
     return found.open(listing, choice if separator else None)
 
