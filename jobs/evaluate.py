@@ -46,12 +46,7 @@ def main() -> None:
         "--layout", default="auto", help="of the dataset, such as breakhis:200x, where it cannot be told"
     )
     parser.add_argument("--probes", default="knn,linear", metavar="LIST", help="with commas between; see above")
-    parser.add_argument(
-        "--embedding",
-        default="both",
-        metavar="LIST",
-        help="cls (class token), patch_mean, or both of them side by side; several with commas between",
-    )
+    parser.add_argument("--embedding", default="both", metavar="LIST", help="cls, patch_mean, or both side by side")
     parser.add_argument("--seeds", type=int, default=3, help="splits to draw where the dataset has none of its own")
     parser.add_argument("--cpus", type=int, default=1, help="of the node that evaluates")
     arguments = parser.parse_args()
