@@ -9,7 +9,8 @@ from PIL import Image
 
 from histoscale.augment import augment, block_masks
 from histoscale.augment.colour import IMAGENET_MEAN, IMAGENET_STD
-from histoscale.augment.show import draw_sheet, main, regions_of
+from histoscale.augment.sheet import draw_sheet
+from histoscale.augment.show import main, regions_of
 from histoscale.config.recipe import Recipe
 from histoscale.errors import SlideError
 from histoscale.slides.openslide_reader import open_slide

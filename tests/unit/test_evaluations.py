@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from histoscale.cluster.evaluations import DatasetWatch, Evaluated, EvaluationLost, look_at_all
+from histoscale.cluster.evaluations import CommitWatch, DatasetWords, Evaluated, EvaluationLost, look_at_all
 from histoscale.config.running import EvaluationSection
 from histoscale.errors import CheckpointError, DatasetError
 
@@ -43,10 +43,9 @@ class Scene:
 
     def __post_init__(self) -> None:
         section = EvaluationSection(datasets=(DATASET,), every_commits=self.every, tries=self.tries)
-        self.watch = DatasetWatch(DATASET, section, self.evaluated, self._begin, self.told.append)
+        self.watch = CommitWatch(DatasetWords(DATASET), section, self.evaluated, self._begin, self.told.append)
 
-    def _begin(self, dataset: str) -> FakeEvaluation:
-        assert dataset == DATASET
+    def _begin(self) -> FakeEvaluation:
         self.begun.append(FakeEvaluation())
         return self.begun[-1]
 

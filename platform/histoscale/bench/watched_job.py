@@ -26,6 +26,7 @@ SMALL_RUN = (
     "loss.teacher_temperature_warmup_images=128",
     "checkpoint.every_steps=20",
     "cluster.readers=1",
+    "evaluation.pictures=false",
 )
 """Changes to the quickstart's recipe with which a step takes a fraction of a second on two cores."""
 

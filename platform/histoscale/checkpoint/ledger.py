@@ -105,20 +105,26 @@ def read_replacements(store: Store, stop: int) -> Iterator[tuple[int, list[Repla
         yield entry.step, entry.replaced
 
 
+def replacements_of(store: Store, step: int) -> list[Replacement]:
+    """The attempts that the content refused at one committed step; only the ledger that covers it is read.
+
+    Raises:
+        CheckpointError: No ledger covers the step, or the one that does is damaged.
+    """
+    for start, end, key in _ledgers(store):
+        if start <= step < end:
+            for entry in _lines(store, key):
+                if entry.step == step:
+                    return entry.replaced
+    raise _gap(step, None)
+
+
 def _entries(store: Store, stop: int) -> Iterator[_Entry]:
     expected = 0
     for start, end, key in _ledgers(store):
         if end > stop:
             continue
-        for number, line in enumerate(store.get(key).splitlines(), start=1):
-            entry = decode_json(
-                line,
-                _decode,
-                kind=CheckpointError,
-                what=f"line {number} of {key} is damaged",
-                expected="a step, its samples and those that were replaced",
-                remedy=_REMEDY,
-            )
+        for entry in _lines(store, key):
             if entry.step != expected:
                 raise _gap(expected, entry.step)
             yield entry
@@ -127,6 +133,18 @@ def _entries(store: Store, stop: int) -> Iterator[_Entry]:
             raise _gap(expected, end)
     if expected != stop:
         raise _gap(expected, stop)
+
+
+def _lines(store: Store, key: str) -> Iterator[_Entry]:
+    for number, line in enumerate(store.get(key).splitlines(), start=1):
+        yield decode_json(
+            line,
+            _decode,
+            kind=CheckpointError,
+            what=f"line {number} of {key} is damaged",
+            expected="a step, its samples and those that were replaced",
+            remedy=_REMEDY,
+        )
 
 
 def _decode(values: Any) -> _Entry:  # noqa: ANN401 - what a damaged line holds may be anything
@@ -156,7 +174,7 @@ def _ledgers(store: Store) -> list[tuple[int, int, str]]:
     return sorted((int(match[1]), int(match[2]), match[0]) for match in matches if match)
 
 
-def _gap(expected: int, found: int) -> CheckpointError:
+def _gap(expected: int, found: int | None) -> CheckpointError:
     return CheckpointError(
         "the ledger does not cover the committed steps once each",
         value=found,

@@ -1,8 +1,8 @@
-"""Which committed checkpoints are evaluated beside a run, and what becomes of those whose evaluation fails or is late.
+"""Which committed checkpoints are evaluated or drawn beside a run, and what becomes of what fails or is late.
 
-One evaluation at a time runs on each dataset, on CPUs or a GPU that nobody trains on; it takes the newest commit there
-is when it begins. Nothing here is waited for by a step: the core is fed by a look every few seconds, and whatever goes
-wrong is told and left behind.
+One evaluation at a time runs on each dataset, and one makes pictures, on CPUs or a GPU that nobody trains on; it takes
+the newest commit there is when it begins. Nothing here is waited for by a step: the core is fed by a look every few
+seconds, and whatever goes wrong is told and left behind.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,30 +48,90 @@ class Evaluation(Protocol):
         """Let it end."""
 
 
-Begin = Callable[[str], Evaluation]
-"""Starts the evaluation of the newest commit on a dataset."""
+Begin = Callable[[], Evaluation]
+"""Starts the evaluation of the newest commit."""
 
 
-class DatasetWatch:
-    """The evaluations of a run on one dataset.
+class Words(Protocol):
+    """How messages speak of one kind of evaluation."""
+
+    def of(self, step: int) -> str:
+        """What is made of a step, with its article."""
+
+    def missing(self, step: int) -> str:
+        """That a step has none."""
+
+    def over(self) -> str:
+        """That there will be none any more."""
+
+    def done(self, found: Evaluated) -> str:
+        """What was found."""
+
+
+@dataclass(frozen=True)
+class DatasetWords:
+    """Of evaluations on a dataset: its URI."""
+
+    dataset: str
+
+    def of(self, step: int) -> str:
+        """See `Words`."""
+        return f"the evaluation of step {step} on {self.dataset}"
+
+    def missing(self, step: int) -> str:
+        """See `Words`."""
+        return f"step {step} is not evaluated on {self.dataset}"
+
+    def over(self) -> str:
+        """See `Words`."""
+        return f"{self.dataset} is not evaluated any more"
+
+    def done(self, found: Evaluated) -> str:
+        """See `Words`."""
+        return f"evaluated step {found.step} on {found.line}"
+
+
+@dataclass(frozen=True)
+class PictureWords:
+    """Of pictures."""
+
+    def of(self, step: int) -> str:
+        """See `Words`."""
+        return f"the making of pictures of step {step}"
+
+    def missing(self, step: int) -> str:
+        """See `Words`."""
+        return f"step {step} has no pictures"
+
+    def over(self) -> str:
+        """See `Words`."""
+        return "pictures are not made any more"
+
+    def done(self, found: Evaluated) -> str:
+        """See `Words`."""
+        return f"pictures of step {found.step}: {found.line}"
+
+
+class CommitWatch:
+    """One kind of evaluation of a run.
 
     Args:
-        dataset: URI of the dataset.
+        words: How messages speak of it.
         section: Of the recipe.
-        evaluated: The newest step that was evaluated in an earlier job, or 0.
+        evaluated: The newest step of which an earlier job has one, or 0.
         begin: Starts one.
         tell: Takes a line for people.
     """
 
     def __init__(
         self,
-        dataset: str,
+        words: Words,
         section: EvaluationSection,
         evaluated: int,
         begin: Begin,
         tell: Callable[[str], None],
     ) -> None:
-        self._dataset = dataset
+        self._words = words
         self._evaluation = section
         self._begin = begin
         self._tell = tell
@@ -105,7 +165,7 @@ class DatasetWatch:
             self._take(self._running)
         if self._running is None and not self.idle:
             self._tries += 1
-            self._running = self._begin(self._dataset)
+            self._running = self._begin()
 
     def abandon(self) -> None:
         """Let go of what runs."""
@@ -116,8 +176,8 @@ class DatasetWatch:
     def _became_due(self, step: int) -> None:
         if self._due > self._evaluated and self._running is not None and not self._given_up:
             self._tell(
-                f"step {self._due} is not evaluated on {self._dataset}: the evaluation before it still runs at the "
-                f"commit of step {step}; a larger evaluation.every_commits, or more evaluation.cpus, would keep up"
+                f"{self._words.missing(self._due)}: the one before it still runs at the commit of step {step}; "
+                "a larger evaluation.every_commits, or more evaluation.cpus, would keep up"
             )
         self._due = step
 
@@ -129,22 +189,22 @@ class DatasetWatch:
             self._failed(str(lost), again=self._tries < self._evaluation.tries)
         except DatasetError as error:
             self._given_up = True
-            self._tell(f"warning: {self._dataset} is not evaluated any more: {error}")
+            self._tell(f"warning: {self._words.over()}: {error}")
         except HistoscaleError as error:
             self._failed(str(error), again=False)
         else:
             self._tries, self._evaluated = 0, max(self._evaluated, found.step)
-            self._tell(f"evaluated step {found.step} on {found.line}")
+            self._tell(self._words.done(found))
 
     def _failed(self, why: str, *, again: bool) -> None:
         if again:
-            self._tell(f"the evaluation of step {self._due} on {self._dataset} is tried again: {why}")
+            self._tell(f"{self._words.of(self._due)} is tried again: {why}")
             return
-        self._tell(f"warning: step {self._due} is not evaluated on {self._dataset}: {why}")
+        self._tell(f"warning: {self._words.missing(self._due)}: {why}")
         self._tries, self._evaluated = 0, self._due
 
 
-def look_at_all(watches: Sequence[DatasetWatch], committed: int, *, last: bool = False) -> bool:
+def look_at_all(watches: Sequence[CommitWatch], committed: int, *, last: bool = False) -> bool:
     """One look at each; whether anything still runs or is due."""
     for watch in watches:
         watch.look(committed, last)

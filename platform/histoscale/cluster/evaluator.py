@@ -1,4 +1,4 @@
-"""Evaluations beside a run: Ray tasks on free CPUs or a GPU, started by a thread of the driver."""
+"""Evaluations and pictures beside a run: Ray tasks on free CPUs or a GPU, started by a thread of the driver."""
 
 import contextlib
 import os
@@ -12,14 +12,24 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from histoscale.checkpoint.reader import latest_commit
-from histoscale.cluster.evaluations import DatasetWatch, Evaluated, Evaluation, EvaluationLost, look_at_all
+from histoscale.cluster.evaluations import (
+    CommitWatch,
+    DatasetWords,
+    Evaluated,
+    Evaluation,
+    EvaluationLost,
+    PictureWords,
+    look_at_all,
+)
 from histoscale.cluster.failures import diagnosis_in
+from histoscale.cluster.pictures import draw_run
 from histoscale.config.recipe import Recipe
 from histoscale.errors import StorageError
 from histoscale.evaluate.assess import EvaluationPlan
 from histoscale.evaluate.comparison import evaluate_run
 from histoscale.evaluate.report import latest_step
 from histoscale.observe.evaluation_events import write_evaluation
+from histoscale.observe.picture_store import drawn_step
 from histoscale.observe.run_report import write_report
 from histoscale.storage import open_store
 
@@ -35,7 +45,7 @@ _NICENESS = 10
 def evaluating(
     run_uri: str, recipe: Recipe, datasets: Mapping[str, str], tell: Callable[[str], None]
 ) -> Iterator[None]:
-    """Evaluate checkpoints for as long as the block lasts, and the last one after it, if it ends as it should.
+    """Evaluate and draw checkpoints for as long as the block lasts, and the last one after it, if it ends well.
 
     Args:
         run_uri: The run folder.
@@ -44,10 +54,20 @@ def evaluating(
         tell: Takes a line for people.
     """
     store = open_store(run_uri)
+    evaluation = recipe.evaluation
     watches = [
-        DatasetWatch(uri, recipe.evaluation, latest_step(store, name), partial(_Task, run_uri, recipe), tell)
+        CommitWatch(
+            DatasetWords(uri),
+            evaluation,
+            latest_step(store, name),
+            partial(_Task, recipe, "evaluation", _evaluate, run_uri, uri),
+            tell,
+        )
         for uri, name in datasets.items()
     ]
+    if evaluation.pictures:
+        draw = partial(_Task, recipe, "pictures", _draw, run_uri)
+        watches.append(CommitWatch(PictureWords(), evaluation, drawn_step(store), draw, tell))
     if not watches:
         yield
         return
@@ -79,14 +99,14 @@ def evaluating(
 
 
 def _finish(look: Callable[..., bool], tell: Callable[[str], None]) -> None:
-    """Wait for the evaluation of the last checkpoint."""
+    """Wait for what is made of the last checkpoint."""
     waited_s = 0.0
     pause = threading.Event()
     while look(last=True):
         if waited_s == 0.0:
-            tell("waiting for the evaluation of the last checkpoint")
+            tell("waiting for evaluations and pictures of the last checkpoint")
         if waited_s >= _LAST_S:
-            tell(f"warning: the evaluation of the last checkpoint took more than {_LAST_S:g} s and is left out")
+            tell(f"warning: evaluations or pictures of the last checkpoint took over {_LAST_S:g} s and are left out")
             return
         pause.wait(_POLL_S)
         waited_s += _POLL_S
@@ -95,13 +115,13 @@ def _finish(look: Callable[..., bool], tell: Callable[[str], None]) -> None:
 class _Task(Evaluation):
     """An evaluation as a Ray task: where its process is lost, nothing else is."""
 
-    def __init__(self, run_uri: str, recipe: Recipe, dataset_uri: str) -> None:
+    def __init__(self, recipe: Recipe, name: str, function: Callable[..., Evaluated], *arguments: str) -> None:
         evaluation = recipe.evaluation
         # The process goes with the task: the next one in it would be as nice.
-        task: Any = ray.remote(max_calls=1)(_evaluate).options(
-            num_cpus=evaluation.cpus, num_gpus=evaluation.gpus, max_retries=0, name="evaluation"
+        task: Any = ray.remote(max_calls=1)(function).options(
+            num_cpus=evaluation.cpus, num_gpus=evaluation.gpus, max_retries=0, name=name
         )
-        self._ref = task.remote(run_uri, recipe, dataset_uri)
+        self._ref = task.remote(recipe, *arguments)
 
     def ended(self) -> bool:
         return bool(ray.wait([self._ref], timeout=0)[0])
@@ -123,14 +143,26 @@ def _what_happened(error: RayError) -> str:
     return lines[-1 if isinstance(error, RayTaskError) else 0]
 
 
-def _evaluate(run_uri: str, recipe: Recipe, dataset_uri: str) -> Evaluated:
+def _evaluate(recipe: Recipe, run_uri: str, dataset_uri: str) -> Evaluated:
     """On the node of the task."""
-    os.nice(_NICENESS)
-    torch.set_num_threads(recipe.evaluation.cpus)
-    store = open_store(run_uri)
-    report = evaluate_run(
-        store, recipe, dataset_uri, torch.device("cuda" if recipe.evaluation.gpus else "cpu"), EvaluationPlan()
-    )
+    store, device = open_store(run_uri), _take_place(recipe)
+    report = evaluate_run(store, recipe, dataset_uri, device, EvaluationPlan())
     write_evaluation(store, report.step, report.scalars())
     write_report(store, recipe, latest_commit(store))
     return Evaluated(report.step, report.headline())
+
+
+def _draw(recipe: Recipe, run_uri: str) -> Evaluated:
+    """On the node of the task."""
+    store, device = open_store(run_uri), _take_place(recipe)
+    found = draw_run(store, recipe, device)
+    write_report(store, recipe, latest_commit(store))
+    left_out = f"; left out: {'; '.join(found.left_out)}" if found.left_out else ""
+    return Evaluated(found.step, f"{len(found.pictures)} drawn{left_out}")
+
+
+def _take_place(recipe: Recipe) -> torch.device:
+    """Make this process that of an evaluation; gives what it works on."""
+    os.nice(_NICENESS)
+    torch.set_num_threads(recipe.evaluation.cpus)
+    return torch.device("cuda" if recipe.evaluation.gpus else "cpu")

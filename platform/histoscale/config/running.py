@@ -17,13 +17,14 @@ class CheckpointSection(Section):
 
 
 class EvaluationSection(Section):
-    """What committed checkpoints are measured on, beside the run; may change when a run resumes."""
+    """What committed checkpoints are measured on, and drawn, beside the run; may change when a run resumes."""
 
     datasets: tuple[str, ...] = ()  # as jobs/evaluate.py takes them; the first one judges which checkpoint is the best
     every_commits: Count = 1
     cpus: Count = 1
     gpus: Annotated[int, Field(ge=0, le=1)] = 0
     tries: Count = 2  # of one evaluation, whose node may be taken away
+    pictures: bool = True  # of tiles, patches, attention, neighbours and mixture, with or without datasets
 
     @model_validator(mode="after")
     def _places(self) -> Self:

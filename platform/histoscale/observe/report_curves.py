@@ -1,7 +1,7 @@
 """The curves of a run as pictures for its report: SVG, with spikes kept however many steps there are."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -9,6 +9,7 @@ _WIDTH, _HEIGHT, _LEFT, _FOOT = 860, 190, 64, 44
 _BUCKETS = 400
 _COLOURS = ("#7a5ea8", "#3f8f6b", "#c85a4a", "#e0b040", "#4a7fc8", "#667085")
 _TICKS = 4
+_STRIPES = 160  # of a chart, each of which tells on hovering what it holds
 
 Points = Sequence[tuple[float, float]]  # (step, value), steps ascending
 
@@ -134,7 +135,23 @@ def line_chart(series: Mapping[str, Points]) -> str:
     )
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + _FOOT}" width="100%" font-size="11" fill="#667085">'
-        f"{grid}{lines}{ticks}{legend}</svg>"
+        f"{grid}{lines}{ticks}{legend}{_stripes(finite, x)}</svg>"
+    )
+
+
+def _stripes(series: Mapping[str, Points], x: Callable[[float], float]) -> str:
+    """Invisible stripes that tell the steps and values beneath them: of several steps, where each curve is highest."""
+    width = (_WIDTH - _LEFT) / _STRIPES
+    highest: dict[int, dict[str, tuple[float, float]]] = {}
+    for name, points in series.items():
+        for point in points:
+            stripe = highest.setdefault(min(int((x(point[0]) - _LEFT) / width), _STRIPES - 1), {})
+            stripe[name] = max(stripe.get(name, point), point, key=_value)
+    return "".join(
+        f'<rect x="{_LEFT + place * width:.1f}" y="0" width="{width:.1f}" height="{_HEIGHT}" fill="transparent"><title>'
+        + escape("\n".join(f"step {step:,.0f}: {name} {value:.4g}" for name, (step, value) in stripe.items()))
+        + "</title></rect>"
+        for place, stripe in sorted(highest.items())
     )
 
 

@@ -9,6 +9,7 @@ from histoscale.config.recipe import Recipe
 from histoscale.observe.goodput import Goodput, Phase, Restart, StepTimes, account
 from histoscale.observe.metrics import read_metrics
 from histoscale.observe.report_curves import charts_of
+from histoscale.observe.report_pictures import picture_sections
 from histoscale.observe.report_sections import evaluations, how_to_go_on, quarantined, what_ran
 from histoscale.observe.timeline import Event, Kind, read_events
 from histoscale.slides.report_charts import page, table
@@ -40,6 +41,7 @@ def write_report(store: Store, recipe: Recipe, commit: Commit | None) -> tuple[s
     sections = [
         *evaluations(store),
         *charts_of(metrics),
+        *picture_sections(store, metrics),
         *time_sections(events, goodput),
         ("What ran", what_ran(store, recipe)),
         ("Slides that were left out", quarantined(commit)),

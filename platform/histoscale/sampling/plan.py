@@ -131,6 +131,10 @@ class Plan:
         """What the run draws from where, from the tables alone."""
         return make_report(self.spec, self._rows, self._columns, self._values, self._strata, self._supply)
 
+    def strata_of(self, rows_N: NDArray[np.integer]) -> list[str]:
+        """Names of the strata that some rows are of, as the report has them."""
+        return [self._strata.names[stratum] for stratum in self._strata.of_row[rows_N].tolist()]
+
     def fingerprint(self, snapshot_id: str) -> str:
         """16 hex digits that name the plan over a snapshot of the index: the same digits, the same tiles."""
         return fingerprint(self.spec, snapshot_id, self._exclusions)
