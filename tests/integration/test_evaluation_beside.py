@@ -1,4 +1,4 @@
-"""Checkpoints are evaluated beside a run on a real head; what becomes of an evaluation is nothing to the run."""
+"""Checkpoints are evaluated and drawn beside a run on a real head; what becomes of that is nothing to the run."""
 
 import json
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from tests.integration.jobs_at_work import TINY, Submission, process_of, run_dir
 from histoscale.bench.watched_job import set_words
 from histoscale.checkpoint.ledger import read_history
 from histoscale.cluster.local import HeadSize, LocalHead
+from histoscale.observe.picture_store import read_sets
 from histoscale.slides.synthetic import make_slides
 from histoscale.storage import open_store
 
@@ -66,6 +67,32 @@ def test_checkpoints_are_evaluated_beside_the_run_though_one_evaluation_is_kille
     curves = EventAccumulator(str(run / "events" / "evaluation"))
     curves.Reload()
     assert {scalar.step for scalar in curves.Scalars("evaluate/tiles/both/knn_balanced_accuracy")} == reports
+
+
+def test_pictures_are_made_beside_the_run_though_their_process_is_killed(
+    head: LocalHead, index: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    length = (f"batch.tiles={TILES}", f"schedule.images={STEPS * TILES}", "evaluation.pictures=true")
+    job = Submission(
+        head, ["python", "jobs/pretrain.py", "--index", index, "--out", str(run), *TINY, *set_words(*length)]
+    )
+    process_of(head, "pictures").kill()
+    job.wait_for(lambda line: line.startswith("the making of pictures of step ") and "is tried again" in line)
+    text = job.finish()
+    assert job.status == 0, text
+    assert "the workers failed" not in text
+    assert "restarted on" not in text
+    assert f"pictures of step {STEPS}: 7 drawn" in text
+    assert dict(read_history(open_store(run), STEPS)) == {step: [(step * TILES, TILES)] for step in range(STEPS)}
+
+    newest = read_sets(open_store(run))[-1]
+    assert newest.step == STEPS
+    assert all((run / shown.file).is_file() for shown in newest.pictures)
+    images = EventAccumulator(str(run / "events" / "pictures"))
+    images.Reload()
+    assert STEPS in {image.step for image in images.Images("pictures/neighbours")}
+    assert "data:image/webp" in (run / "report.html").read_text()
 
 
 def test_a_dataset_that_cannot_be_used_is_refused_before_the_run(index: str, tmp_path: Path) -> None:

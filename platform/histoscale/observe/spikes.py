@@ -58,7 +58,8 @@ def find_spikes(points: Sequence[tuple[int, float]], metric: str) -> list[Spike]
     """Every spike of a curve, by step.
 
     A spike is the highest value of `_TOGETHER` steps on either side, if it lies `_LEAST_SCORE` robust standard
-    deviations (from the median absolute deviation) above the median of `_AROUND` steps on either side.
+    deviations (from the median absolute deviation) above the median of `_AROUND` steps on either side. The first
+    `_TOGETHER` steps, where a curve comes down from its start, have none.
 
     Args:
         points: (step, value), steps ascending.
@@ -73,6 +74,8 @@ def find_spikes(points: Sequence[tuple[int, float]], metric: str) -> list[Spike]
     highest_N = np.lib.stride_tricks.sliding_window_view(padded, 2 * _TOGETHER + 1).max(axis=1)
     spikes: list[Spike] = []
     for place in np.flatnonzero(heights_N == highest_N).tolist():
+        if place < _TOGETHER:
+            continue
         around = np.r_[max(0, place - _AROUND) : place, place + 1 : min(len(values_N), place + 1 + _AROUND)]
         judged = _judge(values_N[place], values_N[around[finite_N[around]]])
         step = points[place][0]
@@ -92,5 +95,5 @@ def _judge(value: float, around: NDArray[np.float64]) -> tuple[float, float] | N
         return typical, math.inf
     if value <= typical:
         return None
-    score = (value - typical) / scale if scale > 0.0 else math.inf
+    score = float(value - typical) / scale if scale > 0.0 else math.inf
     return (typical, score) if score >= _LEAST_SCORE else None

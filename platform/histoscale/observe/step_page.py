@@ -92,4 +92,5 @@ def _figure(tile: SeenTile) -> str:
         f"sample {plan.sample_id}<br>slide {escape(tile.slide_id)}<br>{plan.mpp:.4g} um/px at "
         f"({plan.x_px0:,.0f}, {plan.y_px0:,.0f}) px of level 0"
     )
-    return f'<figure><img alt="tile" src="{data_uri(small)}"><figcaption>{text}</figcaption></figure>'
+    caption = f'<figcaption style="overflow-wrap:anywhere">{text}</figcaption>'
+    return f'<figure><img alt="tile" src="{data_uri(small)}">{caption}</figure>'
