@@ -125,6 +125,7 @@ def test_the_page_has_everything_in_it_and_loads_nothing(tmp_path: Path) -> None
         "Evaluation on <crc>, step 60",
         "Loss",
         "Learning rate",
+        "Spikes, and the tiles of a step",
         "Timeline",
         "Where the time went",
         "Restarts (1 of 1)",

@@ -1,7 +1,7 @@
 """The pictures of a run's newest checkpoint, made where there is a CPU or a GPU; what cannot be drawn is left out."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -87,9 +87,9 @@ class _Studio:
             ("tiles to compare checkpoints by", self._of_gallery),
             ("the mixture", self._of_mixture),
         ]
-        kinds += [("a dataset", lambda uri=uri: self._of_dataset(uri)) for uri in self._recipe.evaluation.datasets]
+        kinds += [("a dataset", partial(self._of_dataset, uri)) for uri in self._recipe.evaluation.datasets]
         for what, draw in kinds:
-            self.try_to(what, lambda draw=draw: found.extend(draw()))
+            self.try_to(what, partial(_extend, found, draw))
         return found
 
     def try_to(self, what: str, do: Callable[[], None]) -> None:
@@ -192,6 +192,10 @@ class _Studio:
     def _embedded(self, tiles: Sequence[Tile]) -> NDArray[np.float32]:
         parts = [self._embed(tiles[first : first + _BATCH]) for first in range(0, len(tiles), _BATCH)]
         return np.concatenate(parts)
+
+
+def _extend(found: list[Picture], draw: Callable[[], list[Picture]]) -> None:
+    found += draw()
 
 
 def _labels(dataset: LabelledTiles, places: Sequence[int]) -> dict[str, list[str]]:
