@@ -98,7 +98,8 @@ def tiles_picture(step: int, tiles: Sequence[SeenTile], mix: Sequence[Mpp]) -> P
         "tiles",
         f"Tiles of step {step:,}",
         "Some of the tiles that the last step before this checkpoint learned from, a row for each magnification. "
-        "Beneath each is the start of its slide's id. They should be tissue, in focus, and look unlike each other.",
+        "Beneath each are its magnification and the start of its slide's id. They should be tissue, in focus, and look "
+        "unlike each other.",
         grid(rows, _SMALL_PX),
         _slides(tiles),
     )
@@ -182,7 +183,8 @@ def neighbours_picture(
         "The most similar tiles of other slides",
         f"Each row begins with one of {len(queries)} tiles that are the same at every checkpoint, followed by the "
         f"{_NEIGHBOURS} tiles, of {len(tiles)} from this run, that the network finds most like it on other slides. "
-        "They should show the same kind of tissue, not just the same colour.",
+        "They should show the same kind of tissue, not just the same colour. Beneath "
+        "the first are its magnification and the start of its slide's id; cosine 1 is the same.",
         grid(rows, _SMALL_PX, ("this tile", "is most like ...")),
         _slides(shown),
     )
