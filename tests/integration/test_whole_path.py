@@ -96,6 +96,10 @@ def test_slides_to_export(head: LocalHead, place: Place) -> None:
 
     export = ["python", "jobs/export.py", "--run", place("run"), "--format", "timm", "--out", place("export")]
     text = run_to_the_end(head, export)
-    assert "largest difference of tokens between timm's model and ours" in text
+    assert "largest difference of tokens between timm" in text
+    assert "over 16 tiles: tiles of the run's own slides, from step 7" in text
     exported = {info.key for info in open_store(place("export")).list()}
-    assert {"model.safetensors", "config.json", "README.md"} <= exported
+    assert {"model.safetensors", "config.json", "README.md", "parity.json", "export.json"} <= exported
+
+    probe = ["python", "jobs/evaluate.py", "--model", place("export"), "--dataset", place("tiles")]
+    assert "pretrained" in run_to_the_end(head, [*probe, "--out", place("reports")])

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from histoscale.config.archs import ARCHS, Arch
 from histoscale.errors import ModelError, StorageError
+from histoscale.export.parity import is_usable
 from histoscale.export.timm_import import import_timm
-from histoscale.export.timm_layout import timm_is_usable
 from histoscale.models import VisionTransformer
 from histoscale.models.published import PublishedWeights, load_published
 from histoscale.storage import open_store
 
-needs_timm = pytest.mark.skipif(not timm_is_usable(), reason="timm does not import here")
+needs_timm = pytest.mark.skipif(not is_usable("timm"), reason="timm does not import here")
 TIMM_NAMES = {
     "vit_s14_scaled": "vit_small_patch14_dinov2",
     "vit_s14_reg4": "vit_small_patch14_reg4_dinov2",

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from histoscale.checkpoint.manifest import Commit
-from histoscale.checkpoint.reader import load_teacher_backbone, read_newest, require_recipe
+from histoscale.checkpoint.reader import commit_at, load_teacher_backbone, read_newest, require_recipe
 from histoscale.config.archs import ARCHS
 from histoscale.config.decode import fingerprint
 from histoscale.config.recipe import Recipe
@@ -13,17 +13,25 @@ from histoscale.models.published import load_for
 from histoscale.storage import Store
 
 
-def trained_backbone(run_store: Store, recipe: Recipe) -> tuple[VisionTransformer, Commit]:
-    """Backbone of the EMA teacher at the newest commit of a run that is whole, in fp32 on the CPU, and that commit.
+def trained_backbone(run_store: Store, recipe: Recipe, step: int | None = None) -> tuple[VisionTransformer, Commit]:
+    """Backbone of the EMA teacher at a commit of a run, in fp32 on the CPU, and that commit.
+
+    Args:
+        run_store: The run folder.
+        recipe: The run's.
+        step: Of the commit; the newest one that is whole without it.
 
     Raises:
-        CheckpointError: The run has no commit, or none that is whole, or it is of another network.
+        CheckpointError: The run has no such commit, or none that is whole, or it is of another network.
     """
 
     def read(commit: Commit) -> dict[str, Tensor]:
         require_recipe(commit, fingerprint(recipe))
         return load_teacher_backbone(run_store, commit)
 
+    if step is not None:
+        commit = commit_at(run_store, step)
+        return _backbone(recipe, read(commit)), commit
     weights, commit = read_newest(run_store, read)
     return _backbone(recipe, weights), commit
 

@@ -12,7 +12,7 @@ from histoscale.config.recipe import Recipe
 from histoscale.errors import ModelError
 from histoscale.evaluate.backbone import trained_backbone
 from histoscale.evaluate.figures import BASELINES, PRETRAINED
-from histoscale.export.exported import read_export
+from histoscale.export.exported import load_export, read_export
 from histoscale.models import VisionTransformer
 from histoscale.models.published import load_published
 from histoscale.models.weights import initialise
@@ -71,13 +71,15 @@ def find_network(place: str) -> Network:
     if store.exists(_RECIPE_KEY):
         return _of_run(store)
     try:
-        export = read_export(store)
+        read_export(store)
     except ModelError as error:
         raise ModelError(
             "there is no network to evaluate", value=place, expected=_EXPECTED, remedy="correct the place"
         ) from error
-    name = _last_part(store.uri)
-    return _of_weights(name, export.weights, ARCHS[export.arch], export.image_px, export.qk_norm)
+    backbone, export = load_export(store)
+    marker, name = export.marker, _last_part(store.uri)
+    sha256 = f"sha256:{export.sha256}"
+    return Network(name, backbone, ARCHS[marker.arch], marker.image_px, sha256, marker.step, marker.images_seen)
 
 
 def untrained_like(network: Network) -> VisionTransformer:

@@ -1,4 +1,4 @@
-"""timm, imported also where torchvision lacks its C++ operators.
+"""timm, and what else imports torchvision, imported also where torchvision lacks its C++ operators.
 
 timm imports torchvision, and PyPI's torchvision does not import beside a CPU-only torch: its Python code registers
 details of operators that only its C++ library defines. Naming these operators first is enough; none of them runs.
@@ -40,11 +40,18 @@ def import_timm() -> ModuleType:
         raise ExportError(
             "timm is not installed", expected="timm 1.0.15 or newer", remedy="run pip install 'timm>=1.0.15'"
         )
+    name_operators_of_torchvision()
+    return importlib.import_module("timm")
+
+
+def name_operators_of_torchvision() -> None:
+    """Make torchvision importable, where it is installed."""
+    if importlib.util.find_spec("torchvision") is None:
+        return
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
         _name_operators()
-    return importlib.import_module("timm")
 
 
 def _name_operators() -> None:

@@ -1,4 +1,4 @@
-"""Published weights of a DINOv2 backbone, in timm's layout or in Meta's, as the state of our backbone.
+"""Published weights of a DINOv2 backbone, in timm's layout, Meta's or Hugging Face's, as the state of our backbone.
 
 Every tensor of the file is used or named, and every parameter of the backbone is filled or named. A position embedding
 that lands in the wrong rows, or a tensor that is left out in silence, still trains: only to a worse model.
@@ -26,19 +26,21 @@ from torch import Tensor
 from histoscale.config.archs import ARCHS, Arch
 from histoscale.config.recipe import Recipe
 from histoscale.errors import ModelError
+from histoscale.models.huggingface import CLASS_TOKEN, MASK_TOKEN, from_huggingface
 from histoscale.models.vit import VisionTransformer
 from histoscale.storage import Store, open_store
 
-Layout: TypeAlias = Literal["timm", "meta"]
+Layout: TypeAlias = Literal["timm", "meta", "huggingface"]
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 _POSITIONS = "pos_embed"
 _WRAPPERS = ("teacher", "model")  # of a training checkpoint, the better one first
 _PREFIXES = ("teacher.backbone.", "backbone.", "")
+_THEIR_PREFIXES = ("dinov2_with_registers.", "dinov2.", "")  # of transformers' classifiers, and of its backbones
 _META_ONLY = re.compile(r"mask_token|register_tokens|blocks\.\d+\.\d+\..+|blocks\.\d+\.mlp\.w\d+\..+")
 _BLOCK = re.compile(r"blocks\.(?:\d+\.)?(\d+)\.(.+)")  # Meta's chunks keep the number that a block has in the whole
 _TIMM_NAMES = {"mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}  # the first half of both packed layers is the gate
-_NO_BACKBONE = {"mask_token", "head.weight", "head.bias"}
+_NO_BACKBONE = {"mask_token", MASK_TOKEN, "head.weight", "head.bias"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ def load_published(path: str, arch: Arch, image_px: int, qk_norm: bool = False) 
     """
     content, sha256 = _read(path)
     tensors, layout, unused = _backbone_of(content)
-    named = _in_our_names(tensors)
+    if layout == "huggingface":
+        named = from_huggingface(tensors, arch.layer_scale is not None)
+    else:
+        named = _in_our_names(tensors)
     fresh = _require_fit(named, arch, qk_norm)
     positions_1TD, grid = _split_positions(named[_POSITIONS], layout, arch)
     wanted = image_px // arch.patch_px
@@ -154,16 +159,20 @@ def _read(uri: str) -> tuple[Any, str]:
 def _backbone_of(content: object) -> tuple[dict[str, Tensor], Layout, list[str]]:
     """The backbone's tensors by their names in it, the layout of these, and the names of everything else."""
     tensors, siblings = _state_dict(content)
-    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}cls_token" in tensors), None)
+    theirs = next((prefix for prefix in _THEIR_PREFIXES if f"{prefix}{CLASS_TOKEN}" in tensors), None)
+    prefix = theirs
+    if prefix is None:
+        prefix = next((prefix for prefix in _PREFIXES if f"{prefix}cls_token" in tensors), None)
     if prefix is None:
         raise ModelError(
             "the weights have no class token",
             value=f"{next(iter(tensors))} and others" if tensors else "no tensor at all",
-            expected="cls_token, as timm and Meta name it",
-            remedy="convert them to the layout of timm or of Meta's DINOv2",
+            expected="cls_token, as timm and Meta name it, or Hugging Face's embeddings.cls_token",
+            remedy="convert them to the layout of timm, of Meta's DINOv2 or of transformers",
         )
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    layout: Layout = "meta" if any(_META_ONLY.fullmatch(name) for name in inside) else "timm"
+    of_meta = any(_META_ONLY.fullmatch(name) for name in inside)
+    layout: Layout = "huggingface" if theirs is not None else "meta" if of_meta else "timm"
     backbone = {name: tensor for name, tensor in inside.items() if name not in _NO_BACKBONE}
     unused = [name for name in tensors if not name.startswith(prefix) or name.removeprefix(prefix) in _NO_BACKBONE]
     return backbone, layout, siblings + unused
@@ -239,7 +248,7 @@ def _misfit(name: str, found: Shapes, wanted: Shapes) -> ModelError:
 def _remedy(misfit: str, found: Shapes) -> str:
     """Which model the tensors are of."""
     if misfit == _POSITIONS:
-        return "take weights with a learnt position embedding, as timm and Meta store it"
+        return "take weights with a learnt position embedding, as timm, Meta and Hugging Face store it"
     qk_norm = _has_qk_norm(found)
     shapes = {name: shape for name, shape in found.items() if name != _POSITIONS}
     fitting = [name for name, arch in ARCHS.items() if _shapes(arch, qk_norm) == shapes]
@@ -262,19 +271,19 @@ def _has_qk_norm(names: Mapping[str, Any] | list[str]) -> bool:
 def _split_positions(rows_1TD: Tensor, layout: Layout, arch: Arch) -> tuple[Tensor, int]:
     """Position embedding with a row for each token that is no patch, and the grid of its patches.
 
-    timm's has rows for all of these or for none of them, Meta's for the class token alone.
+    timm's has rows for all of these or for none of them, Meta's and Hugging Face's for the class token alone.
     """
     rows, prefix = rows_1TD.shape[1], 1 + arch.registers
     grids = {
         leading: math.isqrt(rows - leading)
-        for leading in ({1} if layout == "meta" else {0, prefix})
+        for leading in ({0, prefix} if layout == "timm" else {1})
         if rows > leading and math.isqrt(rows - leading) ** 2 == rows - leading
     }
     if len(grids) != 1:
         raise ModelError(
             f"the position embedding of the weights fits {len(grids)} square grids of patches",
             value=f"{rows} rows in the layout of {layout}",
-            expected=f"a square and {'one row' if layout == 'meta' else f'none or {prefix} rows'} before it",
+            expected=f"a square and {f'none or {prefix} rows' if layout == 'timm' else 'one row'} before it",
             remedy="take weights that were trained on square images of more than 70 px",
         )
     ((leading, grid),) = grids.items()

@@ -37,12 +37,14 @@ class TeacherWeights:
     Attributes:
         arch: Name of its shape.
         sha256: Of the file, where an export says it.
+        licence: Of the weights, where an export says it.
     """
 
     uri: str
     arch: str
     qk_norm: bool
     sha256: str | None
+    licence: str | None = None
 
     def fingerprint(self) -> str:
         """Names the weights by their SHA-256; the file is read for it where no export says it."""
@@ -84,7 +86,8 @@ def describe_teacher(source: Teacher, distill: DistillSection) -> str:
         what = f"heads of {source.recipe.model.arch} at step {source.commit.step} of {source.uri}"
     else:
         what = f"features of {source.arch} from {source.uri}"
-    licence = f", licence: {distill.licence}" if distill.licence else ""
+    stated = distill.licence or (source.licence if isinstance(source, TeacherWeights) else None)
+    licence = f", licence: {stated}" if stated else ""
     return f"teacher: {what}, {source.fingerprint()}{licence}"
 
 
@@ -148,7 +151,8 @@ def _find_run(uri: str) -> TeacherRun:
 def _find_weights(distill: DistillSection) -> TeacherWeights:
     if distill.arch is None:
         export = read_export(open_store(distill.teacher))
-        return TeacherWeights(export.weights, export.arch, export.qk_norm, export.sha256)
+        marker = export.marker
+        return TeacherWeights(export.weights, marker.arch, marker.qk_norm, export.sha256, marker.licence)
     store, name = located(distill.teacher)
     if not store.exists(name):
         raise ModelError(
