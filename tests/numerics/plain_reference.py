@@ -42,6 +42,16 @@ class Tiles:
     tiles: NDArray[np.uint8]
     faults: tuple[()] = ()
 
+    @property
+    def mpp(self) -> NDArray[np.float64]:
+        """Each scale of the mix in turn."""
+        return np.array([0.25, 0.5, 1.0, 2.0])[self.sample_ids % 4]
+
+    @property
+    def slides(self) -> NDArray[np.int32]:
+        """Eight slides in turn."""
+        return (self.sample_ids // 4 % 8).astype(np.int32)
+
 
 @dataclass
 class PlainRun:

@@ -146,9 +146,9 @@ def train(rank: int, recipe: Recipe, run: Path, stop: int) -> None:
 
 
 def flat(metrics: Any) -> dict[str, Any]:
-    """The metrics of a step with its terms among them."""
+    """The metrics of a step with its terms, and what is told apart or of some steps only, among them."""
     values = dict(vars(metrics))
-    return values | values.pop("terms")
+    return values | values.pop("terms") | values.pop("groups") | values.pop("watched")
 
 
 def turns(recipe: Recipe, rank: int, step: int) -> list[Any]:

@@ -30,7 +30,7 @@ from histoscale.export.run import ExportRequest, export_run
 from histoscale.models import VisionTransformer, build_ssl_net
 from histoscale.models.feature_net import build_feature_net
 from histoscale.models.weights import initialise
-from histoscale.objectives.cosine import cosine_loss, resample_grid
+from histoscale.objectives.cosine import cosine_distances, resample_grid
 from histoscale.slides.index import make_index, write_index
 from histoscale.slides.records import SlideLocation, SlideRecord
 from histoscale.storage import ObjectInfo, Store, open_store
@@ -371,9 +371,9 @@ def test_cosine_loss_is_that_of_loops() -> None:
     total = 0.0
     for ours, theirs in zip(student.view(6, 5), teacher.view(6, 5), strict=True):
         total += 1.0 - float(ours @ theirs) / math.sqrt(float(ours @ ours) * float(theirs @ theirs))
-    assert cosine_loss(student, teacher).item() == pytest.approx(total / 6, rel=1e-12)
-    assert cosine_loss(student, 3.0 * student).item() == pytest.approx(0.0, abs=1e-12)
-    assert cosine_loss(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
+    assert cosine_distances(student, teacher).mean().item() == pytest.approx(total / 6, rel=1e-12)
+    assert cosine_distances(student, 3.0 * student).mean().item() == pytest.approx(0.0, abs=1e-12)
+    assert cosine_distances(student.bfloat16(), teacher.bfloat16()).mean().dtype == torch.float32
 
 
 @pytest.mark.parametrize("rows", [3, 8])
@@ -403,13 +403,14 @@ def test_the_objective_of_features_compares_both_crops_in_the_students_grid(expo
     inputs = Inputs(0, Views(torch.randn(4, 3, 42, 42), None), torch.from_numpy(mask))
     assert objective.targets([inputs, inputs], 0.07) == [teacher, teacher]
     net = build_feature_net(recipe, 7)
-    losses = objective.losses(net, inputs, teacher)
+    made = objective.losses(net, inputs, teacher)
     out = net(inputs.views.global_crops)
     cosines = nn.functional.cosine_similarity(out["patch_features"], resample_grid(teacher.patches, 3), dim=-1)
-    assert losses.shape == (3,)
-    assert losses[0].item() == pytest.approx(cosine_loss(out["cls_features"], teacher.cls).item(), rel=1e-5)
-    assert losses[1].item() == pytest.approx(1 - cosines.mean().item(), rel=1e-5)
-    assert -1.0 <= losses[2].item() <= 1.0
+    distances = cosine_distances(out["cls_features"], teacher.cls)
+    assert made.terms.tolist() == pytest.approx([distances.mean().item(), 1 - cosines.mean().item()], rel=1e-5)
+    assert made.tiles_b.tolist() == pytest.approx(((distances[:2] + distances[2:]) / 2).tolist(), rel=1e-5)
+    assert torch.equal(made.cls_bD, out["cls"][:2])
+    assert objective.watch([teacher]) == {}
 
 
 def test_every_parameter_of_a_student_of_features_gets_a_gradient() -> None:
@@ -422,7 +423,8 @@ def test_every_parameter_of_a_student_of_features_gets_a_gradient() -> None:
         "patch_features": (4, 9, 7),
     }
     teacher = Features(torch.randn(4, 7), torch.randn(4, 9, 7))
-    (cosine_loss(out["cls_features"], teacher.cls) + cosine_loss(out["patch_features"], teacher.patches)).backward()
+    pairs = ((out["cls_features"], teacher.cls), (out["patch_features"], teacher.patches))
+    torch.stack([cosine_distances(*pair).mean() for pair in pairs]).sum().backward()
     names = [name for name, parameter in net.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert names == []
     assert not [name for name, _ in net.named_parameters() if "mask_token" in name or "head" in name]

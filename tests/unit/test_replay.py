@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from histoscale.augment.crops import Views
 from histoscale.cluster.replay_report import Origin, Replayed, describe_rerun, diagnose, find_origin, tile_facts
 from histoscale.errors import NonFiniteError
-from histoscale.train.objective import Inputs
+from histoscale.train.objective import Inputs, Losses
 from histoscale.train.rerun import Audit, BadOutput, Rerun, Seen, _Watch
 
 FAILURE = NonFiniteError("the loss is not finite")
@@ -37,9 +37,13 @@ class Squares:
     def targets(self, inputs: Any, temperature: float) -> list[Tensor]:
         return [self.teacher(each.views.global_crops) for each in inputs]
 
-    def losses(self, forward: Any, inputs: Inputs, targets: Tensor) -> Tensor:
+    def losses(self, forward: Any, inputs: Inputs, targets: Tensor) -> Losses:
         out = forward(inputs.views.global_crops)
-        return torch.stack([(out - targets).square().mean(), out.square().sum().sqrt(), torch.zeros(())])
+        terms = torch.stack([(out - targets).square().mean(), out.square().sum().sqrt()])
+        return Losses(terms, out.detach()[:, 0], out.detach())
+
+    def watch(self, targets: Any) -> dict[str, float]:
+        return {"health/targets": float(len(targets))}
 
     def advance(self) -> None:
         self.advanced += 1
@@ -61,9 +65,10 @@ def watched(values: list[float], bias: float = 1.0) -> Seen:
     inputs = [inputs_of(10 + place, value) for place, value in enumerate(values)]
     with watch.modules(), watch.gradients_of(student):
         for each, target in zip(inputs, watch.targets(inputs, 1.0), strict=True):
-            watch.losses(student, each, target).sum().backward()
+            watch.losses(student, each, target).terms.sum().backward()
     student(torch.full((2, 1), math.inf))
     watch.advance()
+    assert watch.watch([1, 2]) == {"health/targets": 2.0}
     assert (watch.names, watch.weights, watch.centers) == (objective.names, objective.weights, objective.centers)
     assert (objective.advanced, watch.mask(np.arange(2)).shape) == (1, (2, 1))
     return watch.seen

@@ -7,7 +7,7 @@ import torch
 
 from histoscale.config.recipe import Recipe
 from histoscale.models import SSLNet, build_ssl_net
-from histoscale.objectives import Assignment, dino_loss, ibot_loss, kde_loss
+from histoscale.objectives import Assignment, dino_losses, ibot_loss, kde_loss
 
 TILES, LOCALS = 3, 2
 
@@ -130,7 +130,7 @@ def test_every_parameter_gets_a_gradient_whatever_is_masked(
     mask = mask if masked == "some" else torch.zeros_like(mask)
     count = LOCALS if with_locals else 0
     out = net(global_crops, local_crops if with_locals else None, mask)
-    loss = dino_loss(out["dino"], out["dino_prototypes"], targets_of(2 * TILES, 40), count, 0.1)
+    loss = dino_losses(out["dino"], out["dino_prototypes"], targets_of(2 * TILES, 40), count, 0.1)[0]
     loss = loss + kde_loss(out["cls"][:TILES], 5.0)
     targets = targets_of(len(out["ibot"]), 40 if shared else 24)
     loss = loss + ibot_loss(out["ibot"], out["ibot_prototypes"], targets, mask, 0.1)
@@ -192,7 +192,7 @@ def test_bf16_student_gives_finite_losses_in_fp32() -> None:
     net = build_ssl_net(tiny_recipe()).bfloat16().train()
     global_crops, local_crops, mask = crops()
     out = net(global_crops.bfloat16(), local_crops.bfloat16(), mask)
-    loss = dino_loss(out["dino"], out["dino_prototypes"], targets_of(6, 40), LOCALS, 0.1)
+    loss = dino_losses(out["dino"], out["dino_prototypes"], targets_of(6, 40), LOCALS, 0.1)[0]
     loss = loss + ibot_loss(out["ibot"], out["ibot_prototypes"], targets_of(5, 24), mask, 0.1)
     loss = loss + kde_loss(out["cls"][:TILES], 5.0)
     assert loss.dtype == torch.float32

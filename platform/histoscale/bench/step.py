@@ -49,6 +49,16 @@ class Tiles:
     replica: int = 0
     faults: tuple[()] = ()
 
+    @property
+    def mpp(self) -> NDArray[np.float64]:
+        """All of one scale."""
+        return np.full(len(self.sample_ids), 0.5)
+
+    @property
+    def slides(self) -> NDArray[np.int32]:
+        """All of one slide."""
+        return np.zeros(len(self.sample_ids), np.int32)
+
 
 def step(device: str = "cpu") -> Iterator[Figure]:
     """`step.mfu`, `step.mfu_vs_blocks`, `step.overhead_ratio`, `step.augment_share`; on CUDA tiles and memory."""

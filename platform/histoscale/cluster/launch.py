@@ -17,6 +17,7 @@ from histoscale.cluster.scaling import GainingSizes
 from histoscale.cluster.watching import Watched, watching
 from histoscale.cluster.worker import WorkerSpec, train_worker
 from histoscale.config.recipe import Recipe
+from histoscale.sampling.tile_groups import SlideStrata
 from histoscale.stream.windows import FeedMasterHandle, FeedSpec, start_feed
 
 _RESIZE_CHECK_S = 10.0
@@ -55,7 +56,9 @@ class ElasticTorchTrainer(TorchTrainer):
         return super()._initialize_and_run_controller(**keywords)
 
 
-def run_workers(run_uri: str, recipe: Recipe, device: str, start: int, feed: FeedSpec, watched: Watched) -> None:
+def run_workers(
+    run_uri: str, recipe: Recipe, device: str, start: int, feed: FeedSpec, strata: SlideStrata, watched: Watched
+) -> None:
     """Train from step `start` until the workers are done, through every restart.
 
     Raises:
@@ -63,7 +66,9 @@ def run_workers(run_uri: str, recipe: Recipe, device: str, start: int, feed: Fee
     """
     control, cluster, feed_master = start_control(), recipe.cluster, start_feed(feed)
     token = watched.lease.token
-    spec = WorkerSpec(recipe, run_uri, device, feed, feed_master, control, committed_step=start, lease_token=token)
+    spec = WorkerSpec(
+        recipe, run_uri, device, feed, feed_master, control, committed_step=start, lease_token=token, strata=strata
+    )
     failures = FailureConfig(
         max_failures=cluster.max_failures,
         max_preemption_failures=cluster.max_preemptions,

@@ -38,6 +38,7 @@ from histoscale.observe.run_report import write_report
 from histoscale.observe.timeline import Event, Kind, Timeline
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec
+from histoscale.sampling.tile_groups import SlideStrata
 from histoscale.slides.catalogue import Catalogue, open_catalogue
 from histoscale.slides.exclusions import read_exclusions
 from histoscale.storage import Store, open_store
@@ -189,7 +190,8 @@ def _go_on(checked: CheckedRequest, device: str, lease: Lease, tell: Callable[[s
     with _recorded(store, recipe, start) as timeline:
         watched = Watched(lease, bad_slides, recipe.cluster.silence_s, timeline, tell)
         with evaluating(store.uri, recipe, checked.datasets, tell):
-            run_workers(store.uri, recipe, device, start, feed, watched)
+            strata = SlideStrata.of(checked.plan.strata)
+            run_workers(store.uri, recipe, device, start, feed, strata, watched)
     for line in bad_slides.summary():
         tell(line)
     if bad_slides.error is not None:

@@ -25,6 +25,7 @@ from histoscale.observe.alarms import Alarms
 from histoscale.observe.goodput import STALL_S, GoodputMeter
 from histoscale.observe.metrics import MetricsWriter
 from histoscale.observe.timeline import Event, Kind, Timeline, wall_before
+from histoscale.sampling.tile_groups import SlideStrata
 from histoscale.storage import open_store
 from histoscale.stream.faults import Fault
 from histoscale.stream.feed import MicroBatch, RankFeed
@@ -40,6 +41,7 @@ class WorkerSpec:
     Attributes:
         committed_step: The step that the driver has planned from.
         lease_token: Of the driver's lease of the run.
+        strata: Of the slides, whose losses are told apart.
     """
 
     recipe: Recipe
@@ -50,6 +52,7 @@ class WorkerSpec:
     control: ControlHandle
     committed_step: int
     lease_token: str
+    strata: SlideStrata
 
 
 def train_worker(config: dict[str, WorkerSpec]) -> None:
@@ -71,7 +74,8 @@ def _train(spec: WorkerSpec, rank: int, workers: int) -> None:
         with contextlib.ExitStack() as stack:
             feed = stack.enter_context(_feed(spec, attempt, rank, workers, expected))
             feed.begin()  # readers start while the network is built and its state is read
-            trainer = build_trainer(spec.recipe, device, store, partial(require_lease, store, spec.lease_token))
+            fence = partial(require_lease, store, spec.lease_token)
+            trainer = build_trainer(spec.recipe, device, store, fence, spec.strata)
             start = trainer.resume()
             _require_planned(spec, start)
             if start != expected:
@@ -238,6 +242,8 @@ def _scalars(metrics: StepMetrics) -> dict[str, float]:
         "optim/ema_momentum": metrics.ema_momentum,
         "optim/teacher_temperature": metrics.teacher_temperature,
         "progress/images_seen": float(metrics.images_seen),
+        **metrics.groups,
+        **metrics.watched,
     }
 
 

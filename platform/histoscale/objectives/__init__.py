@@ -2,7 +2,7 @@
 
 from histoscale.objectives.assignment import Assignment, centered, logit_sums, sinkhorn
 from histoscale.objectives.cross_entropy import cross_entropy
-from histoscale.objectives.dino import dino_loss
+from histoscale.objectives.dino import dino_losses
 from histoscale.objectives.ibot import ibot_loss
 from histoscale.objectives.kde import kde_loss, mean_cosine
 from histoscale.objectives.koleo import koleo_loss
@@ -11,7 +11,7 @@ __all__ = [
     "Assignment",
     "centered",
     "cross_entropy",
-    "dino_loss",
+    "dino_losses",
     "ibot_loss",
     "kde_loss",
     "koleo_loss",

@@ -11,14 +11,13 @@ from torch import Tensor
 from histoscale.objectives.precision import fp32_or_finer
 
 
-def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean of 1 - cos over all features, which lie in the last dimension; both of one shape.
+def cosine_distances(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cos of each feature, which lie in the last dimension; both of one shape.
 
     Returns:
-        Scalar in [0, 2], in fp32 or finer.
+        The shape without its last dimension, in [0, 2], in fp32 or finer.
     """
-    cosines = F.cosine_similarity(fp32_or_finer(student), fp32_or_finer(teacher), dim=-1)
-    return (1.0 - cosines).mean()
+    return 1.0 - F.cosine_similarity(fp32_or_finer(student), fp32_or_finer(teacher), dim=-1)
 
 
 def resample_grid(patches_BNW: Tensor, rows: int) -> Tensor:

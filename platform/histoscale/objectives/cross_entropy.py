@@ -43,7 +43,23 @@ def cross_entropy(
     Returns:
         Scalar in fp32 or finer; zero, with gradients of zero, where M is 0.
     """
-    loss: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+    loss, _ = cross_entropy_and_parts(
+        student_CME, prototypes_KE, targets, pairs_CT, weights_M, temperature, chunk_elements
+    )
+    return loss
+
+
+def cross_entropy_and_parts(
+    student_CME: Tensor,
+    prototypes_KE: Tensor,
+    targets: Assignment,
+    pairs_CT: Tensor,
+    weights_M: Tensor,
+    temperature: float,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> tuple[Tensor, Tensor]:
+    """What `cross_entropy` returns, and the part that each row has in it, [M], which has no gradient."""
+    loss, parts_M = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
         student_CME,
         prototypes_KE,
         targets,
@@ -53,11 +69,11 @@ def cross_entropy(
         chunk_elements,
         torch.is_grad_enabled(),
     )
-    return loss
+    return loss, parts_M
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """A scalar whose gradients are known once it is."""
+    """A scalar whose gradients are known once it is, and its parts."""
 
     @staticmethod
     def forward(
@@ -70,7 +86,7 @@ class _CrossEntropy(torch.autograd.Function):
         temperature: float,
         chunk_elements: int,
         grad_enabled: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         (crops, rows, width), (count, views) = student_CME.shape, (len(prototypes_KE), pairs_CT.shape[1])
         dtype = torch.promote_types(student_CME.dtype, torch.float32)
         # A row's gradient is softmax - mean target, times its factor; the factor stays out of all that has K columns.
@@ -80,7 +96,7 @@ class _CrossEntropy(torch.autograd.Function):
         needs_student, needs_prototypes = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         gradient_CME = torch.zeros_like(student_CME) if needs_student else None
         gradient_KE = torch.zeros_like(prototypes_KE, dtype=dtype) if needs_prototypes else None
-        loss = torch.zeros((), dtype=dtype, device=student_CME.device)
+        parts_M = torch.zeros(rows, dtype=dtype, device=student_CME.device)
         parts = chunks(rows, (crops + views) * count, chunk_elements)
         largest = parts[0].stop if parts else 0
         student_space = Workspace(largest * crops, prototypes_KE)
@@ -92,7 +108,7 @@ class _CrossEntropy(torch.autograd.Function):
             target_nK = targets.probs(slice(part.start * views, part.stop * views), teacher_space)
             logits_mCK, target_mTK = logits_nK.view(-1, crops, count), target_nK.view(-1, views, count)
             losses_mC, sums_mC = _losses(logits_mCK, target_mTK, mean_CT)
-            loss += (factor_MC[part] * losses_mC).sum()
+            parts_M[part] = (factor_MC[part] * losses_mC).sum(dim=1)
             if not (needs_student or needs_prototypes):
                 continue
             # After the exponentials this is the error times their sum, which the scale takes out again.
@@ -105,11 +121,12 @@ class _CrossEntropy(torch.autograd.Function):
             if gradient_KE is not None:
                 _add_product(gradient_KE, errors_nK.T, (student_nE * scale_n1).to(student_CME.dtype))
         ctx.save_for_backward(gradient_CME, None if gradient_KE is None else gradient_KE.to(prototypes_KE.dtype))
-        return loss
+        ctx.mark_non_differentiable(parts_M)
+        return parts_M.sum(), parts_M
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         scaled = (None if each is None else each * gradient.to(each.dtype) for each in ctx.saved_tensors)
         return (*scaled, None, None, None, None, None, None)
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from histoscale.objectives.assignment import Assignment
-from histoscale.objectives.cross_entropy import cross_entropy
+from histoscale.objectives.cross_entropy import cross_entropy_and_parts
 
 
-def dino_loss(
+def dino_losses(
     student_ME: Tensor, prototypes_KE: Tensor, targets: Assignment, local_count: int, temperature: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy over tiles and over the 2 + 2n pairs of crops.
 
     Each local crop is compared with both of the teacher's global crops, each global crop with the other one: the
@@ -26,11 +26,12 @@ def dino_loss(
         temperature: The student's; DINOv2 has 0.1.
 
     Returns:
-        Scalar.
+        Scalar, and the mean of each tile, [b], which has no gradient.
     """
     tiles = len(targets) // 2
     pairs_CT = torch.ones(2 + local_count, 2, device=student_ME.device)
     pairs_CT[:2].fill_diagonal_(0)
     weights_b = torch.full((tiles,), 1 / (tiles * (2 + 2 * local_count)), dtype=torch.float64, device=student_ME.device)
     student_CbE = student_ME.view(2 + local_count, tiles, student_ME.shape[1])
-    return cross_entropy(student_CbE, prototypes_KE, targets, pairs_CT, weights_b, temperature)
+    loss, parts_b = cross_entropy_and_parts(student_CbE, prototypes_KE, targets, pairs_CT, weights_b, temperature)
+    return loss, parts_b * tiles

@@ -23,7 +23,7 @@ from histoscale.sampling.inverse import Inverse
 from histoscale.sampling.places import Frames, Grid, SlidePlaces, find_places
 from histoscale.sampling.report import PlanReport, fingerprint, make_report
 from histoscale.sampling.spec import PlanSpec
-from histoscale.sampling.supply import find_strata, make_supply
+from histoscale.sampling.supply import Strata, find_strata, make_supply
 from histoscale.sampling.visits import Visitor, Visits
 from histoscale.seeding import key, permute_many, subkey, subkeys, uniforms
 from histoscale.units import describe_mpp
@@ -126,6 +126,11 @@ class Plan:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": OrderedDict(), "_cached_places": 0}
+
+    @property
+    def strata(self) -> Strata:
+        """The strata of all slides."""
+        return self._strata
 
     def report(self) -> PlanReport:
         """What the run draws from where, from the tables alone."""

@@ -3,7 +3,7 @@
 Shape suffixes: b tiles, N patches of a global crop in the teacher's grid, W the teacher's width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,8 @@ from torch import Tensor
 
 from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import DistillSection, Recipe
-from histoscale.objectives import mean_cosine
-from histoscale.objectives.cosine import cosine_loss, resample_grid
-from histoscale.train.objective import Forward, Inputs
+from histoscale.objectives.cosine import cosine_distances, resample_grid
+from histoscale.train.objective import Forward, Inputs, Losses
 
 
 @dataclass(frozen=True)
@@ -64,16 +63,15 @@ class FeatureObjective:
     def advance(self) -> None:
         """Nothing but the networks has a state."""
 
-    def losses(self, forward: Forward, inputs: Inputs, targets: Features) -> Tensor:
-        """The student's forward pass over one micro-batch: its terms, and the mean cosine of its class tokens.
+    def watch(self, targets: Sequence[Features]) -> Mapping[str, float]:  # noqa: ARG002 - as of every objective
+        """Nothing: features are assigned to no prototypes."""
+        return {}
 
-        Returns:
-            [len(names) + 1].
-        """
+    def losses(self, forward: Forward, inputs: Inputs, targets: Features) -> Losses:
+        """The student's forward pass over one micro-batch."""
         out = forward(inputs.views.global_crops)
-        terms = [
-            cosine_loss(out["cls_features"], targets.cls),
-            cosine_loss(out["patch_features"], resample_grid(targets.patches, self._grid)),
-        ]
+        distances = cosine_distances(out["cls_features"], targets.cls)
+        patches = cosine_distances(out["patch_features"], resample_grid(targets.patches, self._grid))
         first, _ = out["cls"].detach().chunk(2)
-        return torch.stack([*terms, mean_cosine(first)])
+        tiles_b = distances.detach().view(2, -1).mean(dim=0)
+        return Losses(torch.stack([distances.mean(), patches.mean()]), tiles_b, first)

@@ -6,8 +6,8 @@ and distillation from the heads of a frozen teacher, where nothing is hidden (DI
 Shape suffixes: b tiles, N patches of a global crop, K prototypes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol, TypeAlias, TypeVar
 
@@ -20,8 +20,17 @@ from histoscale.augment.crops import Views
 from histoscale.augment.masks import block_masks
 from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import Recipe
-from histoscale.objectives import Assignment, centered, dino_loss, ibot_loss, kde_loss, koleo_loss, logit_sums, sinkhorn
-from histoscale.objectives.kde import mean_cosine
+from histoscale.objectives import (
+    Assignment,
+    centered,
+    dino_losses,
+    ibot_loss,
+    kde_loss,
+    koleo_loss,
+    logit_sums,
+    sinkhorn,
+)
+from histoscale.objectives.health import assignment_sums, perplexity
 
 AllReduce = Callable[[Tensor], Tensor]
 
@@ -55,6 +64,21 @@ class Targets:
     ibot: Assignment
 
 
+@dataclass(frozen=True)
+class Losses:
+    """What the student made of one micro-batch.
+
+    Attributes:
+        terms: [names], the terms of its loss.
+        tiles_b: The term of the class tokens, tile by tile, without a gradient.
+        cls_bD: The student's class tokens of the first global crop, likewise.
+    """
+
+    terms: Tensor
+    tiles_b: Tensor
+    cls_bD: Tensor
+
+
 class Objective(Protocol[T]):
     """What a step minimises, as sums over the step's replicas; T is what it compares one micro-batch with."""
 
@@ -72,8 +96,11 @@ class Objective(Protocol[T]):
     def targets(self, inputs: Sequence[Inputs], temperature: float) -> list[T]:
         """What the teacher makes of all local micro-batches (collective)."""
 
-    def losses(self, forward: Forward, inputs: Inputs, targets: T) -> Tensor:
-        """The student's forward pass over one micro-batch: its terms, and the mean cosine of its class tokens."""
+    def losses(self, forward: Forward, inputs: Inputs, targets: T) -> Losses:
+        """The student's forward pass over one micro-batch."""
+
+    def watch(self, targets: Sequence[T]) -> Mapping[str, float]:
+        """What the targets of all local micro-batches tell of the run's health, by metric (collective)."""
 
     @property
     def centers(self) -> dict[str, Tensor]:
@@ -143,25 +170,35 @@ class PrototypeObjective:
         parts = [self._assign(name, outputs, temperature, total) for name, total in totals.items()]
         return [Targets(*pair) for pair in zip(*parts, strict=True)]
 
-    def losses(self, forward: Forward, inputs: Inputs, targets: Targets) -> Tensor:
-        """The student's forward pass over one micro-batch: its terms, and the mean cosine of its class tokens.
-
-        Returns:
-            [len(names) + 1].
-        """
+    def losses(self, forward: Forward, inputs: Inputs, targets: Targets) -> Losses:
+        """The student's forward pass over one micro-batch."""
         loss, crops = self._recipe.loss, self._recipe.crops
         views, mask = inputs.views, inputs.mask
         out = forward(views.global_crops, views.local_crops, mask, hide_masked=self._hide_masked)
         temperature = loss.student_temperature
         first, second = out["cls"].chunk(2)
+        dino, tiles_b = dino_losses(
+            out["dino"], out["dino_prototypes"], targets.dino, crops.local_count, temperature
+        )
         terms = [
-            dino_loss(out["dino"], out["dino_prototypes"], targets.dino, crops.local_count, temperature),
+            dino,
             ibot_loss(out["ibot"], out["ibot_prototypes"], targets.ibot, mask, temperature),
             kde_loss(first, loss.kde_kappa, loss.spread_group) + kde_loss(second, loss.kde_kappa, loss.spread_group),
         ]
         if self._koleo:
             terms.append(koleo_loss(first, loss.spread_group) + koleo_loss(second, loss.spread_group))
-        return torch.stack([*terms, mean_cosine(first.detach())])
+        return Losses(torch.stack(terms), tiles_b, first.detach())
+
+    @torch.no_grad()
+    def watch(self, targets: Sequence[Targets]) -> Mapping[str, float]:
+        """Entropy of the targets of the class tokens, and how many prototypes the teacher uses before they are balanced."""
+        features_ME = torch.cat([each.dino.features_ME for each in targets])
+        entropy, use_K = assignment_sums(replace(targets[0].dino, features_ME=features_ME))
+        entropy, *use = self._all_reduce(torch.cat([entropy[None], use_K])).div_(2 * self._recipe.batch.tiles)
+        return {
+            "health/target_entropy": float(entropy),
+            "health/prototype_use": perplexity(torch.stack(use)) / len(use_K),
+        }
 
     def advance(self) -> None:
         """Move the centres: the next step is the first that sees them."""

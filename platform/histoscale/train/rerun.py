@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from histoscale.checkpoint.fragments import MASTER, local_fragments
 from histoscale.config.recipe import Recipe
 from histoscale.errors import NonFiniteError
-from histoscale.train.objective import Forward, Inputs, Objective
+from histoscale.train.objective import Forward, Inputs, Losses, Objective
 from histoscale.train.step import MicroBatch, TrainStep
 from histoscale.train.trainer import Trainer
 
@@ -124,7 +124,7 @@ def rerun_step(trainer: Trainer, recipe: Recipe, step: int, micro_batches: Seque
     """
     watch = _Watch(trainer.objective)
     precision = "bf16" if trainer.student.dtype == torch.bfloat16 else "fp32"
-    train_step = TrainStep(recipe, trainer.student, watch, trainer.teacher)
+    train_step = TrainStep(recipe, trainer.student, watch, trainer.teacher, trainer.groups)
     with watch.modules(), watch.gradients_of(trainer.student.deepspeed.module):
         try:
             metrics = train_step.update(step, train_step.prepare(step, micro_batches))
@@ -172,13 +172,16 @@ class _Watch:
         ]
         return targets
 
-    def losses(self, forward: Forward, inputs: Inputs, targets: Any) -> Tensor:  # noqa: ANN401 - the objective's own
+    def watch(self, targets: Sequence[Any]) -> Mapping[str, float]:
+        return self._objective.watch(targets)
+
+    def losses(self, forward: Forward, inputs: Inputs, targets: Any) -> Losses:  # noqa: ANN401 - the objective's own
         self._turn_to(inputs)
         self._network = "student"
-        losses = self._objective.losses(forward, inputs, targets)
+        made = self._objective.losses(forward, inputs, targets)
         self._network = None  # blocks that run again in the backward pass are no news
-        self.seen.terms[inputs.replica] = dict(zip(self.names, losses.detach().tolist(), strict=False))
-        return losses
+        self.seen.terms[inputs.replica] = dict(zip(self.names, made.terms.detach().tolist(), strict=True))
+        return made
 
     @contextmanager
     def modules(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ summation.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,9 +19,11 @@ from torch import Tensor
 from histoscale.augment.crops import Views, augment
 from histoscale.config.recipe import Recipe
 from histoscale.errors import NonFiniteError
+from histoscale.sampling.tile_groups import TileGroups
 from histoscale.seeding import key
 from histoscale.stream.faults import Fault
 from histoscale.train.engine import StudentEngine
+from histoscale.train.health import StepSums, WeightsBefore, group_means, is_watched, token_rank
 from histoscale.train.objective import Inputs, Objective
 from histoscale.train.schedules import schedules_at
 from histoscale.train.teacher import Average
@@ -43,6 +45,14 @@ class MicroBatch(Protocol):
         """[b, R, R, 3]."""
 
     @property
+    def mpp(self) -> NDArray[np.float64]:
+        """[b], um/px."""
+
+    @property
+    def slides(self) -> NDArray[np.int32]:
+        """[b], rows of the catalogue."""
+
+    @property
     def faults(self) -> tuple[Fault, ...]:
         """Attempts at these samples that the content refused."""
 
@@ -58,6 +68,9 @@ class StepMetrics:
         mean_cosine: Between the student's class tokens of different tiles, likewise; near 1 the model has collapsed.
         grad_norm: Global, before clipping.
         stop: Some rank asked to stop after this step.
+        groups: Name of a group of tiles -> the mean of its tiles, of the term of the class tokens; only groups that have
+            tiles in this step.
+        watched: What is told of some steps only, by its name in `metrics.jsonl`.
     """
 
     step: int
@@ -71,6 +84,8 @@ class StepMetrics:
     ema_momentum: float
     teacher_temperature: float
     stop: bool
+    groups: Mapping[str, float] = field(default_factory=dict)
+    watched: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,24 +95,33 @@ class Prepared:
     Attributes:
         inputs: Of this rank's real micro-batches.
         targets: What the teacher makes of each.
+        groups: int64 [b, 2] of each, the groups of its tiles.
         turns: Micro-steps, those of padding included.
     """
 
     inputs: Sequence[Inputs]
     targets: Sequence[Any]
+    groups: Sequence[Tensor]
     turns: int
 
 
 class TrainStep:
     """Runs optimiser steps of a student, and of the average that follows it."""
 
-    def __init__(self, recipe: Recipe, student: StudentEngine, objective: Objective[Any], average: Average) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        student: StudentEngine,
+        objective: Objective[Any],
+        average: Average,
+        groups: TileGroups,
+    ) -> None:
         self._recipe = recipe
+        self._groups = groups
         self._student = student
         self._objective = objective
         self._average = average
-        # The last value of a micro-batch, the mean cosine, is only watched.
-        self._weights = torch.tensor([*objective.weights, 0.0], device=student.device)
+        self._weights = torch.tensor(objective.weights, device=student.device)
 
     def prepare(self, step: int, micro_batches: Sequence[MicroBatch | None]) -> Prepared:
         """Crops of this rank's micro-batches, and what the teacher makes of them (collective).
@@ -108,9 +132,11 @@ class TrainStep:
                 micro-step of weight zero. At least one must be real.
         """
         settings = schedules_at(self._recipe, (step + 1) * self._recipe.batch.tiles)
-        inputs = [self._prepare(micro_batch) for micro_batch in micro_batches if micro_batch is not None]
+        real = [micro_batch for micro_batch in micro_batches if micro_batch is not None]
+        inputs = [self._prepare(micro_batch) for micro_batch in real]
+        groups = [torch.from_numpy(self._groups.of(each.mpp, each.slides)).to(self._student.device) for each in real]
         targets = self._objective.targets(inputs, settings.teacher_temperature)
-        return Prepared(inputs, targets, len(micro_batches))
+        return Prepared(inputs, targets, groups, len(micro_batches))
 
     def update(self, step: int, prepared: Prepared, stop_requested: bool = False) -> StepMetrics:
         """Take one optimiser step (collective).
@@ -125,14 +151,19 @@ class TrainStep:
         """
         images_seen = (step + 1) * self._recipe.batch.tiles
         settings = schedules_at(self._recipe, images_seen)
-        losses = self._accumulate_gradient(step, prepared)
-        terms, mean_cosine, loss, stop = self._agree(losses, stop_requested)
+        sums = self._accumulate_gradient(step, prepared)
+        terms, mean_cosine, loss, stop, groups = self._agree(sums, stop_requested)
+        before = WeightsBefore.of(self._average) if is_watched(step) else None
         try:
             grad_norm = self._student.step(settings)
         except NonFiniteError as error:
             error.measured |= {**terms, "loss": loss}
             raise
         self._average.update(settings.ema_momentum)
+        watched: dict[str, float] = {}
+        if before is not None:
+            moved = before.compare(self._average, self._student.device)
+            watched = {**token_rank(sums), **self._objective.watch(prepared.targets), **moved}
         self._objective.advance()
         return StepMetrics(
             step=step,
@@ -146,6 +177,8 @@ class TrainStep:
             ema_momentum=settings.ema_momentum,
             teacher_temperature=settings.teacher_temperature,
             stop=stop,
+            groups=groups,
+            watched=watched,
         )
 
     def _prepare(self, micro_batch: MicroBatch) -> Inputs:
@@ -155,27 +188,32 @@ class TrainStep:
         mask = torch.from_numpy(self._objective.mask(micro_batch.sample_ids)).to(self._student.device)
         return Inputs(micro_batch.replica, _cast(views, self._student.dtype), mask)
 
-    def _accumulate_gradient(self, step: int, prepared: Prepared) -> Tensor:
-        """Forward and backward of this rank's replicas; returns its share of the mean losses."""
+    def _accumulate_gradient(self, step: int, prepared: Prepared) -> StepSums:
+        """Forward and backward of this rank's replicas; returns its share of the means."""
         inputs, targets = prepared.inputs, prepared.targets
-        total = torch.zeros(len(self._weights), device=self._student.device, dtype=torch.float64)
+        sums = StepSums(len(self._weights), len(self._groups.names), is_watched(step), self._student.device)
         for turn in range(prepared.turns):
             # Collectives of ZeRO 2 and 3 must match across ranks, so padding repeats the last input with weight zero.
             row = min(turn, len(inputs) - 1)
             share = 1.0 / self._recipe.batch.replicas if turn < len(inputs) else 0.0
             torch.manual_seed(key(self._recipe.seed, "droppath", step, inputs[row].replica))
-            losses = self._objective.losses(self._student.forward, inputs[row], targets[row])
-            self._student.backward((self._weights * losses).sum() * share)
-            total += losses.detach() * share
-        return total
+            made = self._objective.losses(self._student.forward, inputs[row], targets[row])
+            self._student.backward((self._weights * made.terms).sum() * share)
+            if share:
+                sums.add(made, prepared.groups[row], share)
+        return sums
 
-    def _agree(self, losses: Tensor, stop_requested: bool) -> tuple[dict[str, float], float, float, bool]:
-        """Terms, mean cosine and weighted loss over all ranks, and whether any rank wants to stop."""
+    def _agree(
+        self, sums: StepSums, stop_requested: bool
+    ) -> tuple[dict[str, float], float, float, bool, dict[str, float]]:
+        """Terms, mean cosine and weighted loss over all ranks, whether any rank wants to stop, means of groups."""
+        losses = sums.losses
         weighted = (losses * self._weights).sum()
         wish = torch.tensor(float(stop_requested), device=losses.device, dtype=losses.dtype)
-        *values, mean_cosine, loss, wishes = all_reduce(torch.stack([*losses, weighted, wish])).tolist()
-        terms = dict(zip(self._objective.names, values, strict=True))
-        if not all(map(math.isfinite, [*values, loss])):
+        shares = torch.cat([torch.stack([sums.mean_cosine, weighted, wish]), losses, sums.groups_G2.flatten()])
+        mean_cosine, loss, wishes, *values = all_reduce(shares).tolist()
+        terms = dict(zip(self._objective.names, values, strict=False))
+        if not all(map(math.isfinite, [*terms.values(), loss])):
             raise NonFiniteError(
                 "the loss is not finite, so no update was made",
                 value=", ".join(f"{name} {value}" for name, value in terms.items()),
@@ -183,7 +221,7 @@ class TrainStep:
                 remedy="start another run, with a new --out and a lower optim.lr or precision=fp32",
                 measured={**terms, "loss": loss},
             )
-        return terms, mean_cosine, loss, wishes > 0
+        return terms, mean_cosine, loss, wishes > 0, group_means(self._groups.names, values[len(terms) :])
 
 
 def all_reduce(tensor: Tensor) -> Tensor:

@@ -24,11 +24,12 @@ class Average:
         masters: This rank's fragments of the student; the average starts equal to them.
 
     Attributes:
+        masters: Name -> this rank's share of the student.
         fragments: Name -> this rank's share of the average, under the kind `EMA`.
     """
 
     def __init__(self, masters: dict[str, Fragment]) -> None:
-        self._masters = masters
+        self.masters = masters
         self.fragments = {
             name: Fragment(part.offset, part.numel, part.shape, {EMA: part.tensors[MASTER].clone()})
             for name, part in masters.items()
@@ -38,7 +39,7 @@ class Average:
     def update(self, momentum: float) -> None:
         """Move the average towards the student: `ema = momentum * ema + (1 - momentum) * student`."""
         for name, part in self.fragments.items():
-            part.tensors[EMA].lerp_(self._masters[name].tensors[MASTER], 1.0 - momentum)
+            part.tensors[EMA].lerp_(self.masters[name].tensors[MASTER], 1.0 - momentum)
         self.publish()
 
     def publish(self) -> None:

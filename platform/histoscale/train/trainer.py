@@ -43,6 +43,7 @@ from histoscale.config.decode import fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.errors import NonFiniteError, StorageError, TrainingError
 from histoscale.models.ssl import build_ssl_net, empty_ssl_net
+from histoscale.sampling.tile_groups import SlideStrata, TileGroups
 from histoscale.storage.store import Store
 from histoscale.train.distill import FrozenTeacher, load_frozen_teacher
 from histoscale.train.engine import StudentEngine
@@ -55,29 +56,40 @@ from histoscale.train.warm_start import start_from_published
 _log = logging.getLogger(__name__)
 
 
-def build_trainer(recipe: Recipe, device: torch.device, store: Store, fence: Fence = unfenced) -> "Trainer":
+def build_trainer(
+    recipe: Recipe,
+    device: torch.device,
+    store: Store,
+    fence: Fence = unfenced,
+    strata: SlideStrata | None = None,
+) -> "Trainer":
     """Student, teacher and optimiser with their initial state (collective).
 
-    `torch.distributed` must be initialised, and with CUDA the current device set. `store` is the run folder, and
-    `fence` is asked before its commits are touched.
+    `torch.distributed` must be initialised, and with CUDA the current device set. `store` is the run folder,
+    `fence` is asked before its commits are touched, and the losses of `strata` are told apart.
 
     Raises:
         HistoscaleError: The recipe distils from a teacher, or starts from published weights, that cannot be used;
             raised on every rank.
     """
     if recipe.distill is not None:
-        return build_student(recipe, load_frozen_teacher(recipe, recipe.distill, device), device, store, fence)
+        return build_student(recipe, load_frozen_teacher(recipe, recipe.distill, device), device, store, fence, strata)
     network = build_ssl_net(recipe).to(device)
     start_from_published(network, recipe, store)
     student = StudentEngine(network, recipe, device)
     masters = master_fragments(student.deepspeed)
     teacher = EMATeacher(empty_ssl_net(recipe), masters, device, student.dtype)
     objective = PrototypeObjective(recipe, teacher, all_reduce, hide_masked=True)
-    return Trainer(recipe, student, teacher, objective, store, fence=fence)
+    return Trainer(recipe, student, teacher, objective, store, fence=fence, strata=strata)
 
 
 def build_student(
-    recipe: Recipe, teacher: FrozenTeacher, device: torch.device, store: Store, fence: Fence = unfenced
+    recipe: Recipe,
+    teacher: FrozenTeacher,
+    device: torch.device,
+    store: Store,
+    fence: Fence = unfenced,
+    strata: SlideStrata | None = None,
 ) -> "Trainer":
     """Student of a frozen teacher, with its initial state (collective); see `build_trainer`.
 
@@ -89,7 +101,7 @@ def build_student(
     start_from_published(network.to(device), recipe, store)
     student = StudentEngine(network, recipe, device)
     average = Average(master_fragments(student.deepspeed))
-    return Trainer(recipe, student, average, objective, store, teacher.fingerprint, fence)
+    return Trainer(recipe, student, average, objective, store, teacher.fingerprint, fence, strata)
 
 
 class Trainer:
@@ -99,6 +111,7 @@ class Trainer:
         student: What is trained.
         teacher: The average that follows it: what is committed, and without a frozen teacher what it learns from.
         objective: What its steps minimise.
+        groups: Of tiles, whose losses are told apart.
     """
 
     def __init__(
@@ -110,6 +123,7 @@ class Trainer:
         store: Store,
         frozen_teacher: str | None = None,
         fence: Fence = unfenced,
+        strata: SlideStrata | None = None,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -118,7 +132,8 @@ class Trainer:
         self._store = store
         self._frozen_teacher = frozen_teacher
         self._fence = fence
-        self._train_step = TrainStep(recipe, student, objective, teacher)
+        self.groups = TileGroups.from_recipe(recipe, strata or SlideStrata())
+        self._train_step = TrainStep(recipe, student, objective, teacher, self.groups)
         centers = {CENTER_PREFIX + name: tuple(center.shape) for name, center in objective.centers.items()}
         self._shapes = parameter_shapes(student.deepspeed) | centers
         self._next_step = 0
