@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.documented_metrics import as_documented, documented
 from tests.integration.jobs_at_work import TINY, Submission, run_directly, run_to_the_end, train_workers
 
 from histoscale.checkpoint.ledger import read_history
@@ -17,6 +18,7 @@ from histoscale.observe.timeline import Kind, read_events
 from histoscale.slides.catalogue import open_catalogue
 from histoscale.slides.synthetic import make_slides
 from histoscale.storage import open_store
+from histoscale.train.health import WATCH_EVERY_STEPS
 
 STEPS, TILES = 120, 16
 LENGTH = ["--set", f"schedule.images={STEPS * TILES}"]
@@ -139,6 +141,9 @@ def test_the_report_tells_of_the_restart_and_of_every_tile_of_every_slide(index:
     assert "<svg" in (killed_run / "report.html").read_text()
     scalars = json.loads((killed_run / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0.0 < scalars["progress/goodput"] <= 1.0
+    for line in map(json.loads, (killed_run / "metrics.jsonl").read_text().splitlines()):
+        wanted = documented(watched=line["step"] % WATCH_EVERY_STEPS == 0)
+        assert as_documented(line, wanted) == wanted
     tiles = 0
     for row in range(len(catalogue := open_catalogue(str(index)))):
         done = run_directly("report.py", "--run", str(killed_run), "--slide", catalogue.slide_id(row))

@@ -378,6 +378,17 @@ def test_a_student_that_is_ahead_waits_for_the_others(runs: Path) -> None:
         assert commit.step == STEPS + 1
 
 
+def test_students_tell_of_their_health_what_makes_sense(runs: Path) -> None:
+    heads, features = metrics_of(runs / "heads-1-2")[0], metrics_of(runs / "features-1-2")[0]
+    of_all = {"health/effective_rank", "optim/update_norm", "optim/ema_distance", "loss_by_mpp/0.5"}
+    assert of_all <= heads.keys() & features.keys()
+    assert {"health/target_entropy", "health/prototype_use"} <= heads.keys()
+    assert not {"health/target_entropy", "health/prototype_use"} & features.keys()
+    for step in metrics_of(runs / "features-1-2"):
+        scales = [step[f"loss_by_mpp/{mpp}"] for mpp in ("0.25", "0.5", "1", "2")]
+        assert sum(scales) / 4 == pytest.approx(step["cls"], rel=1e-5), "twelve tiles, three of each scale"
+
+
 def test_bf16_follows_fp32(runs: Path) -> None:
     fp32, bf16 = metrics_of(runs / "features-1-2"), metrics_of(runs / "features-bf16")
     for name in ("cls", "patch"):

@@ -1,27 +1,66 @@
 """The alarms of a run: when they are armed, that they ring once for each cause, and that a healthy run hears none."""
 
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+
 from histoscale.config.recipe import Recipe
 from histoscale.observe.alarms import (
     COLLAPSE_STEPS,
     COLLAPSED_COSINE,
+    LARGEST_UPDATE,
+    READINGS,
     STARVED_STEPS,
     Alarm,
     Alarms,
     CollapseAlarm,
+    DivergenceAlarm,
     StarvationAlarm,
 )
+from histoscale.observe.runaway import BASELINE_STEPS, LEAST_BASELINE_STEPS, RECENT_STEPS, Ring, Runaway
+from histoscale.train.health import WATCH_EVERY_STEPS
+
+Curves = Mapping[str, Sequence[float]]
 
 
-def rings(alarm: Alarm, name: str, values: list[float], images: int = 10) -> list[int]:
-    return [
-        step
-        for step, value in enumerate(values)
-        if alarm.update({name: value, "progress/images_seen": float(images * (step + 1))}) is not None
-    ]
+def lines(curves: Curves, images: int = 10) -> list[dict[str, float]]:
+    """What a run would write; curves of what is watched hold a value for each watched step."""
+    steps = max(map(len, curves.values()))
+    found = []
+    for step in range(steps):
+        line = {"step": step, "progress/images_seen": float(images * (step + 1))}
+        for name, curve in curves.items():
+            if len(curve) == steps:
+                line[name] = curve[step]
+            elif step % WATCH_EVERY_STEPS == 0:
+                line[name] = curve[step // WATCH_EVERY_STEPS]
+        found.append(line)
+    return found
+
+
+def rings(alarm: Alarm, curves: Curves, images: int = 10) -> list[tuple[int, Ring]]:
+    """Where an alarm begins to ring, and what it says."""
+    found, ringing = [], False
+    for line in lines(curves, images):
+        ring = alarm.update(line)
+        if ring is not None and not ringing:
+            found.append((int(line["step"]), ring))
+        ringing = ring is not None
+    return found
+
+
+def starts(alarm: Alarm, curves: Curves, images: int = 10) -> list[int]:
+    return [step for step, _ in rings(alarm, curves, images)]
 
 
 def collapses(alarm: CollapseAlarm, cosines: list[float]) -> list[int]:
-    return rings(alarm, "health/mean_cosine", cosines)
+    return starts(alarm, {"health/mean_cosine": cosines})
+
+
+def noisy(level: float, steps: int, seed: int = 0, share: float = 0.05) -> list[float]:
+    return (level * (1.0 + share * np.random.default_rng(seed).standard_normal(steps))).tolist()
 
 
 def test_a_new_network_may_map_all_tiles_to_one_token() -> None:
@@ -30,7 +69,8 @@ def test_a_new_network_may_map_all_tiles_to_one_token() -> None:
 
 def test_it_rings_once_after_tokens_have_met_again() -> None:
     cosines = [0.999] * 5 + [0.5] * 5 + [0.999] * 3 * COLLAPSE_STEPS
-    assert collapses(CollapseAlarm(warmup_images=10**6), cosines) == [9 + COLLAPSE_STEPS]
+    [(step, ring)] = rings(CollapseAlarm(warmup_images=10**6), {"health/mean_cosine": cosines})
+    assert (step, ring.alarm, ring.since) == (9 + COLLAPSE_STEPS, "collapse", 10)
 
 
 def test_it_rings_for_a_network_that_never_parts_tokens() -> None:
@@ -42,28 +82,106 @@ def test_a_short_meeting_is_no_collapse() -> None:
     assert collapses(CollapseAlarm(warmup_images=0), cosines) == []
 
 
+@pytest.mark.parametrize(("ranks", "expected"), [([9, 8, 1.8, 1.5, 1.2, 1.1], [40]), ([9, 1.8, 1.5, 3, 1.2, 1.1], [])])
+def test_tokens_along_one_direction_are_a_collapse_whatever_their_cosine(
+    ranks: list[float], expected: list[int]
+) -> None:
+    curves = {"health/effective_rank": ranks, "health/mean_cosine": [0.0] * 60}
+    assert starts(CollapseAlarm(warmup_images=10**6), curves) == expected
+    assert starts(CollapseAlarm(warmup_images=10**6), {**curves, "health/effective_rank": [1.2] * 6}) == []
+
+
 def test_it_says_what_and_what_to_do() -> None:
-    alarm = CollapseAlarm(warmup_images=0)
-    values = {"health/mean_cosine": 0.99, "progress/images_seen": 1.0}
-    said = [alarm.update(values) for _ in range(COLLAPSE_STEPS)][-1]
-    assert said is not None
-    assert str(COLLAPSED_COSINE) in said
-    assert "0.9900" in said
-    assert "loss.kde_weight" in said
+    curves = {"health/mean_cosine": [0.99] * COLLAPSE_STEPS}
+    [(_, ring)] = rings(CollapseAlarm(warmup_images=0), curves)
+    assert str(COLLAPSED_COSINE) in ring.said
+    assert "0.9900" in ring.said
+    assert "loss.kde_weight" in ring.said
+
+
+def healthy(steps: int) -> dict[str, list[float]]:
+    """A warm-up in which the gradient falls from a hundred to five, and a loss that falls and goes on being noisy."""
+    fall = [math.exp(-step / 15) for step in range(steps)]
+    loss, norm = noisy(1.0, steps, 1, 0.02), noisy(1.0, steps, 2, 0.3)
+    return {
+        "loss/total": [(4.0 + 6.0 * f) * n for f, n in zip(fall, loss, strict=True)],
+        "optim/grad_norm": [(5.0 + 95.0 * f) * abs(n) for f, n in zip(fall, norm, strict=True)],
+        "optim/update_norm": noisy(0.002, math.ceil(steps / WATCH_EVERY_STEPS), 3),
+    }
+
+
+def test_a_warm_up_and_spikes_are_no_divergence() -> None:
+    curves = healthy(500)
+    for step in range(100, 500, 37):
+        curves["optim/grad_norm"][step] *= 100.0
+        curves["loss/total"][step] *= 3.0
+    assert starts(DivergenceAlarm(), curves) == []
+
+
+@pytest.mark.parametrize(("name", "factor"), [("loss/total", 2.0), ("optim/grad_norm", 30.0)])
+def test_what_runs_away_rings_once_within_the_recent_steps_and_says_since_when(name: str, factor: float) -> None:
+    curves = healthy(500)
+    curves[name] = [value * (factor if step >= 300 else 1.0) for step, value in enumerate(curves[name])]
+    [(step, ring)] = rings(DivergenceAlarm(), curves)
+    assert 300 < step <= 300 + RECENT_STEPS
+    assert 300 - RECENT_STEPS < ring.since <= 300
+    assert name in ring.said
+    assert "optim.lr" in ring.said
+
+
+def test_updates_that_hardly_keep_the_weights_are_a_divergence_from_the_first_step_on() -> None:
+    curves = healthy(60) | {"optim/update_norm": [2 * LARGEST_UPDATE] * 6}
+    [(step, ring)] = rings(DivergenceAlarm(), curves)
+    assert (step, ring.since) == ((READINGS - 1) * WATCH_EVERY_STEPS, 0)
+    assert starts(DivergenceAlarm(), healthy(60) | {"optim/update_norm": [1.0, 1.0, 0.001] * 2}) == []
+
+
+def test_what_is_away_does_not_become_usual() -> None:
+    runaway = Runaway(share=0.5)
+    values = noisy(1.0, 200) + noisy(3.0, 3 * BASELINE_STEPS) + noisy(1.0, 100)
+    away = [runaway.update(step, value) is not None for step, value in enumerate(values)]
+    assert away.index(True) < 200 + RECENT_STEPS
+    assert all(away[200 + RECENT_STEPS : 200 + 3 * BASELINE_STEPS])
+    assert not any(away[-50:])
+
+
+def test_nothing_is_usual_before_there_was_enough_of_it() -> None:
+    runaway = Runaway(share=0.5)
+    few = LEAST_BASELINE_STEPS + RECENT_STEPS - 1
+    assert not [step for step in range(few) if runaway.update(step, 2.0**step) is not None]
 
 
 def test_training_that_waits_for_tiles_rings_once() -> None:
     shares = [0.05] * 100 + [0.9] * 100 + [0.0] * 100 + [0.9] * 100
-    found = rings(StarvationAlarm(), "time/wait_share", shares)
+    found = starts(StarvationAlarm(), {"time/wait_share": shares})
     assert len(found) == 2
     assert 100 < found[0] < 100 + STARVED_STEPS
-    assert rings(StarvationAlarm(), "time/wait_share", [1.0] + [0.0] * 100) == [], "the first step waits for all"
+    first = {"time/wait_share": [1.0] + [0.0] * 100}
+    assert starts(StarvationAlarm(), first) == [], "the first step waits for all"
+
+
+WELL = {"health/mean_cosine": 0.1, "time/wait_share": 0.0, "loss/total": 1.0, "optim/grad_norm": 1.0}
+ILL = WELL | {"health/mean_cosine": 1.0, "time/wait_share": 1.0, "loss/total": 9.0}
+
+
+def play(alarms: Alarms, values: Mapping[str, float], steps: range) -> list[str]:
+    told = ({"step": step, "progress/images_seen": 1e9, **values} for step in steps)
+    return [ring.alarm for line in told for ring in alarms.update(line)]
 
 
 def test_a_run_has_all_alarms_and_a_healthy_one_hears_none() -> None:
     alarms = Alarms(Recipe())
-    healthy = {"health/mean_cosine": 0.1, "time/wait_share": 0.0, "progress/images_seen": 1e9}
-    assert [said for _ in range(200) for said in alarms.update(healthy)] == []
-    ill = healthy | {"health/mean_cosine": 1.0, "time/wait_share": 1.0}
-    said = [said.split(":")[0] for _ in range(200) for said in alarms.update(ill)]
-    assert sorted(said) == ["the model collapses", "training starves"]
+    assert play(alarms, WELL, range(200)) == []
+    assert sorted(play(alarms, ILL, range(200, 400))) == ["collapse", "divergence", "starvation"]
+
+
+def test_a_resumed_run_knows_what_was_usual_and_hears_what_still_lasts() -> None:
+    before = [{"step": step, "progress/images_seen": 1e9, **WELL} for step in range(200)]
+    assert play(Alarms(Recipe(), before), ILL, range(200, 200 + RECENT_STEPS)) == [
+        "divergence",
+        "starvation",
+        "collapse",
+    ]
+    assert play(Alarms(Recipe()), ILL, range(200, 200 + RECENT_STEPS)) == ["collapse"]
+    ringing = [{"step": step, "progress/images_seen": 1e9, **ILL} for step in range(100)]
+    assert sorted(play(Alarms(Recipe(), ringing), ILL, range(100, 101))) == ["collapse", "starvation"]

@@ -65,10 +65,14 @@ def remove_retired(store: Store, retention: Retention) -> None:
 
 def discard_after(store: Store, step: int) -> None:
     """Remove what claims to be later than the commit of `step`: markers, then ledgers; their folders go at the next."""
-    marked = (marker_step(info.key) for info in store.list(FOLDER))
-    for later in sorted((each for each in marked if each is not None and each > step), reverse=True):
+    for later in reversed([each for each in committed_steps(store) if each > step]):
         store.delete(marker_key(later))
     ledger.delete_after(store, step)
+
+
+def committed_steps(store: Store) -> list[int]:
+    """Steps of the commits of a run that are there, ascending."""
+    return sorted(step for info in store.list(FOLDER) if (step := marker_step(info.key)) is not None)
 
 
 def _folders_of(store: Store, step: int, folders: Collection[str]) -> set[str]:

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histoscale.checkpoint.ledger import read_replacements
-from histoscale.checkpoint.manifest import FOLDER, Commit, marker_step
+from histoscale.checkpoint.manifest import Commit
 from histoscale.checkpoint.parent import Parent, read_parent
 from histoscale.checkpoint.reader import require_commit
+from histoscale.checkpoint.retention import committed_steps
 from histoscale.cluster.run_folder import recorded_index, require_run
 from histoscale.cluster.segments import out_from, read_segments
 from histoscale.sampling.plan import Plan
@@ -69,8 +70,7 @@ def slide_history(store: Store, slide_id: str) -> SlideHistory:
     catalogue = open_catalogue(*recorded_index(store))
     row = catalogue.row_of(slide_id)
     samples = _samples(store, commit, _plan(store, commit, PlanSpec.from_recipe(recipe), catalogue), row)
-    steps = sorted(step for info in store.list(FOLDER) if (step := marker_step(info.key)) is not None)
-    return SlideHistory(slide_id, commit.step, samples // recipe.batch.tiles, tuple(steps), read_parent(store))
+    return SlideHistory(slide_id, commit.step, samples // recipe.batch.tiles, tuple(committed_steps(store)), read_parent(store))
 
 
 def _plan(store: Store, commit: Commit, spec: PlanSpec, catalogue: Catalogue) -> Plan:

@@ -15,18 +15,21 @@ from ray.train.torch import get_device
 
 from histoscale.checkpoint.collective import on_first_rank
 from histoscale.checkpoint.manifest import Commit
+from histoscale.checkpoint.retention import committed_steps
 from histoscale.cluster.control import ControlHandle, ControlLine, Progress, Pulse, Wish, warnings_told
 from histoscale.cluster.failures import Yielded
 from histoscale.cluster.lease import require_lease, taken_over
 from histoscale.cluster.run_folder import committed_step
+from histoscale.cluster.way_back import way_back
 from histoscale.config.recipe import Recipe
-from histoscale.errors import CheckpointError, RunError
-from histoscale.observe.alarms import Alarms
+from histoscale.errors import CheckpointError, RunError, StorageError
+from histoscale.observe.alarms import STARVATION, Alarms
 from histoscale.observe.goodput import STALL_S, GoodputMeter
 from histoscale.observe.metrics import MetricsWriter
+from histoscale.observe.runaway import Ring
 from histoscale.observe.timeline import Event, Kind, Timeline, wall_before
 from histoscale.sampling.tile_groups import SlideStrata
-from histoscale.storage import open_store
+from histoscale.storage import Store, open_store
 from histoscale.stream.faults import Fault
 from histoscale.stream.feed import MicroBatch, RankFeed
 from histoscale.stream.windows import FeedMasterHandle, FeedSpec, RankShare
@@ -122,7 +125,7 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
     timeline.tell(_resumed(spec, start))
     stall_s = stalled_s = 0.0
     clock = _Clock(spec.recipe.batch.tiles)
-    alarms, alarm = Alarms(spec.recipe), ""
+    alarms, alarm = Alarms(spec.recipe, writer.last), ""
     taken_over = False
     try:
         for step in range(start, spec.recipe.steps):
@@ -142,7 +145,7 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
                 workers = dist.get_world_size()
                 timeline.tell(Event(Kind.COMMIT, time.time(), committed.step, workers, stall_s=stalled_s))
                 stalled_s = 0.0
-            notes = [f"warning: {said}" for said in alarms.update(values)]
+            notes = [_warning(spec, store, ring) for ring in alarms.update({"step": step, **values})]
             if notes and spec.recipe.on_alarm == "stop":
                 alarm = alarm or notes[0]
             if committed:
@@ -157,6 +160,17 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
     finally:
         writer.close(publish=not taken_over)
         timeline.close()
+
+
+def _warning(spec: WorkerSpec, store: Store, ring: Ring) -> str:
+    """What an alarm says, and the command that goes back before what it is about."""
+    if ring.alarm == STARVATION:
+        return f"warning: {ring.said}"
+    try:
+        steps = committed_steps(store)
+    except StorageError as error:
+        return f"warning: {ring.said}. Its checkpoints cannot be listed: {error}"
+    return f"warning: {ring.said}. {way_back(spec.recipe, spec.run_uri, spec.feed.reader.index_uri, steps, ring.since)}"
 
 
 def _resumed(spec: WorkerSpec, start: int) -> Event:

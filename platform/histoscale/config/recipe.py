@@ -271,7 +271,7 @@ class Recipe(Section):
 
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    on_alarm: Literal["warn", "stop"] = "warn"  # when the run collapses or starves; stop commits first
+    on_alarm: Literal["warn", "stop"] = "warn"  # when an alarm rings; stop commits first
     data: DataSection = DataSection()
     batch: BatchSection = BatchSection()
     model: ModelSection = ModelSection()

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from histoscale.errors import StorageError
+from histoscale.observe.alarms import REMEMBERED_STEPS
 from histoscale.observe.goodput import useful_s
 from histoscale.storage import Store, is_remote
 
@@ -33,6 +34,7 @@ class MetricsWriter:
 
     Attributes:
         useful_s: Seconds of the committed steps, without what they waited.
+        last: What was measured of the last of the committed steps.
     """
 
     def __init__(self, store: Store, first_step: int) -> None:
@@ -79,6 +81,7 @@ class MetricsWriter:
         content = self._store.get(METRICS_KEY) if self._store.exists(METRICS_KEY) else b""
         kept = list(_lines_before(content, first_step))
         self.useful_s = sum(useful_s(values) for _, values in kept)
+        self.last = tuple(values for _, values in kept[-REMEMBERED_STEPS:])
         committed = "".join(f"{line}\n" for line, _ in kept).encode()
         if not self._remote and content.startswith(committed):
             if len(committed) < len(content):
