@@ -1,19 +1,23 @@
 """KDE keeps the tokens of different tiles apart; with its sign flipped a run collapses, and the alarm rings."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from plain_reference import tiles_of
-from safetensors.torch import load_file, save_file
 from workers import launch, tiny_recipe
 
 from histoscale.config.recipe import Recipe
-from histoscale.observe.alarms import CollapseAlarm
+from histoscale.observe.alarms import Alarms
+from histoscale.observe.runaway import Ring
 
 STEPS = 90
+RINGS_WITHIN = 40
 
 pytestmark = pytest.mark.timeout(300)
+
+Curve = list[dict[str, float]]
 
 
 def toy_recipe() -> Recipe:
@@ -26,6 +30,7 @@ def toy_recipe() -> Recipe:
 
 
 def toy_runs(rank: int, folder: Path) -> None:
+    from histoscale.cluster.worker import _scalars
     from histoscale.storage import open_store
     from histoscale.train.trainer import build_trainer
 
@@ -35,35 +40,35 @@ def toy_runs(rank: int, folder: Path) -> None:
         weights = trainer._train_step._weights
         weights[trainer.objective.names.index("kde")] *= sign
         metrics = [trainer.step(step, [tiles_of(recipe, step, 0)]) for step in range(STEPS)]
-        curves = {name: torch.tensor([vars(each)[name] for each in metrics]) for name in ("mean_cosine", "images_seen")}
-        save_file(curves, folder / f"curves-{sign:+.0f}")
+        lines = [{"step": each.step, "time/wait_share": 0.0, **_scalars(each)} for each in metrics]
+        (folder / f"curve{sign:+.0f}.json").write_text(json.dumps(lines))
 
 
 @pytest.fixture(scope="module")
-def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
+def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
     folder = tmp_path_factory.mktemp("toy")
     launch(toy_runs, 1, folder)
-    return {
-        sign: {name: values.tolist() for name, values in load_file(folder / f"curves-{sign}").items()}
-        for sign in ("+1", "-1")
-    }
+    return {sign: json.loads((folder / f"curve{sign}.json").read_text()) for sign in ("+1", "-1")}
 
 
-def alarms(curve: dict[str, list[float]]) -> list[str]:
-    alarm = CollapseAlarm(toy_recipe().optim.warmup_images)
-    said = [
-        alarm.update({"progress/images_seen": images, "health/mean_cosine": cosine})
-        for images, cosine in zip(curve["images_seen"], curve["mean_cosine"], strict=True)
-    ]
-    return [each for each in said if each is not None]
+def rings(curve: Curve) -> list[tuple[float, Ring]]:
+    alarms = Alarms(toy_recipe())
+    return [(values["step"], ring) for values in curve for ring in alarms.update(values)]
 
 
-def test_kde_lowers_the_mean_cosine(curves: dict[str, dict[str, list[float]]]) -> None:
-    cosines = curves["+1"]["mean_cosine"]
+def test_kde_lowers_the_mean_cosine(curves: dict[str, Curve]) -> None:
+    cosines = [values["health/mean_cosine"] for values in curves["+1"]]
     assert sum(cosines[-10:]) / 10 < min(0.5, cosines[0] - 0.1)
-    assert alarms(curves["+1"]) == []
+    assert rings(curves["+1"]) == []
 
 
-def test_the_flipped_sign_collapses_the_run_and_the_alarm_rings(curves: dict[str, dict[str, list[float]]]) -> None:
-    assert min(curves["-1"]["mean_cosine"][-10:]) > 0.98
-    assert len(alarms(curves["-1"])) == 1
+def test_the_flipped_sign_collapses_the_run_and_the_alarm_rings(curves: dict[str, Curve]) -> None:
+    assert min(values["health/mean_cosine"] for values in curves["-1"][-10:]) > 0.98
+    [(step, ring)] = rings(curves["-1"])
+    assert ring.alarm == "collapse"
+    assert step < RINGS_WITHIN
+
+
+def test_a_collapse_shows_in_the_effective_rank(curves: dict[str, Curve]) -> None:
+    apart, together = ([line["health/effective_rank"] for line in curves[sign][20::10]] for sign in ("+1", "-1"))
+    assert min(apart) > 2 * max(together)

@@ -103,7 +103,7 @@ def test_what_is_costly_is_told_of_some_steps_only(folder: Path) -> None:
 
 
 def test_every_name_is_documented_and_every_documented_name_is_told(folder: Path) -> None:
-    """But for what the clock of the worker adds: a job's own file is held against the table in the integration tests."""
+    """But for what the worker's clock adds: a job's own file is held against the table in the integration tests."""
     for step, names in enumerate(json.loads((folder / "told-1-0.json").read_text())["names"]):
         wanted = documented(watched=step in (0, STEPS - 1), strata=True)
         clocks = {name for name in wanted if name.startswith("time/")} | {"step", "progress/goodput"}

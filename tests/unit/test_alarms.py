@@ -1,11 +1,15 @@
 """The alarms of a run: when they are armed, that they ring once for each cause, and that a healthy run hears none."""
 
+import gzip
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from histoscale.config.decode import load_recipe
 from histoscale.config.recipe import Recipe
 from histoscale.observe.alarms import (
     COLLAPSE_STEPS,
@@ -19,6 +23,7 @@ from histoscale.observe.alarms import (
     DivergenceAlarm,
     StarvationAlarm,
 )
+from histoscale.observe.group_alarm import GroupAlarm
 from histoscale.observe.runaway import BASELINE_STEPS, LEAST_BASELINE_STEPS, RECENT_STEPS, Ring, Runaway
 from histoscale.train.health import WATCH_EVERY_STEPS
 
@@ -151,6 +156,34 @@ def test_nothing_is_usual_before_there_was_enough_of_it() -> None:
     assert not [step for step in range(few) if runaway.update(step, 2.0**step) is not None]
 
 
+def groups(steps: int, prefix: str = "loss_by_stratum/site=") -> dict[str, list[float]]:
+    """Losses that fall together and stay noisy, one always a little above the others."""
+    fall = [5.0 + 5.0 * math.exp(-step / 50) for step in range(steps)]
+    return {
+        prefix + name: [value + level + noise for value, noise in zip(fall, noisy(0.1, steps, seed, 1.0), strict=True)]
+        for seed, (name, level) in enumerate({"A": 0.0, "B": 0.0, "C": 0.3}.items())
+    }
+
+
+def test_groups_that_fall_together_ring_nothing_however_far_apart() -> None:
+    assert starts(GroupAlarm(), groups(500)) == []
+    assert starts(GroupAlarm(), {"loss_by_mpp/0.5": [5.0] * 100 + [50.0] * 100}) == [], "there is no other"
+
+
+@pytest.mark.parametrize("move", [2.0, -2.0])
+@pytest.mark.parametrize(
+    ("prefix", "remedy"), [("loss_by_stratum/site=", "data.weights"), ("loss_by_mpp/", "its tiles")]
+)
+def test_a_group_that_leaves_the_others_rings_by_name(move: float, prefix: str, remedy: str) -> None:
+    curves = groups(400, prefix)
+    curves[prefix + "B"] = [value + (move if step >= 200 else 0.0) for step, value in enumerate(curves[prefix + "B"])]
+    [(step, ring)] = rings(GroupAlarm(), curves)
+    assert 200 < step <= 200 + RECENT_STEPS
+    assert 200 - RECENT_STEPS < ring.since <= 200
+    assert ring.said.startswith(f"the {'stratum site=' if 'stratum' in prefix else 'magnification '}B runs away")
+    assert remedy in ring.said
+
+
 def test_training_that_waits_for_tiles_rings_once() -> None:
     shares = [0.05] * 100 + [0.9] * 100 + [0.0] * 100 + [0.9] * 100
     found = starts(StarvationAlarm(), {"time/wait_share": shares})
@@ -162,6 +195,16 @@ def test_training_that_waits_for_tiles_rings_once() -> None:
 
 WELL = {"health/mean_cosine": 0.1, "time/wait_share": 0.0, "loss/total": 1.0, "optim/grad_norm": 1.0}
 ILL = WELL | {"health/mean_cosine": 1.0, "time/wait_share": 1.0, "loss/total": 9.0}
+
+
+def test_a_real_quickstart_hears_none() -> None:
+    """What the alarms look at in the metrics of a quickstart on two cores, to four digits."""
+    content = gzip.decompress((Path(__file__).parent / "data" / "quickstart_metrics.jsonl.gz").read_bytes())
+    told = [json.loads(line) for line in content.decode().splitlines()]
+    recipe = load_recipe(Path(__file__).parents[2] / "jobs" / "recipes" / "quickstart.yaml")
+    assert len(told) == recipe.steps
+    alarms = Alarms(recipe)
+    assert [ring for values in told for ring in alarms.update(values)] == []
 
 
 def play(alarms: Alarms, values: Mapping[str, float], steps: range) -> list[str]:

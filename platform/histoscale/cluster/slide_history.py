@@ -70,7 +70,8 @@ def slide_history(store: Store, slide_id: str) -> SlideHistory:
     catalogue = open_catalogue(*recorded_index(store))
     row = catalogue.row_of(slide_id)
     samples = _samples(store, commit, _plan(store, commit, PlanSpec.from_recipe(recipe), catalogue), row)
-    return SlideHistory(slide_id, commit.step, samples // recipe.batch.tiles, tuple(committed_steps(store)), read_parent(store))
+    steps = samples // recipe.batch.tiles
+    return SlideHistory(slide_id, commit.step, steps, tuple(committed_steps(store)), read_parent(store))
 
 
 def _plan(store: Store, commit: Commit, spec: PlanSpec, catalogue: Catalogue) -> Plan:

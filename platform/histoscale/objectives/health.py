@@ -14,7 +14,7 @@ from histoscale.objectives.logits import CHUNK_ELEMENTS, Workspace, chunks
 
 @torch.no_grad()
 def gram(features_MD: Tensor) -> Tensor:
-    """Sum of the outer products of rows with themselves, [D, D], fp64: the small singular values would drown in fp32."""
+    """Sum of the outer products of rows with themselves, [D, D], fp64: small singular values would drown in fp32."""
     features_MD = features_MD.double()
     return features_MD.T @ features_MD
 

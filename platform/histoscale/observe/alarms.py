@@ -94,7 +94,7 @@ class CollapseAlarm:
             what = f"the class tokens of different tiles have a mean cosine above {COLLAPSED_COSINE} (now {cosine:.4f})"
         elif len(self._flat) >= READINGS:
             since = self._flat[0]
-            what = f"the class tokens lie along one direction, with an effective rank below {COLLAPSED_RANK:g} (now {self._rank:.2f})"
+            what = f"the class tokens have an effective rank below {COLLAPSED_RANK:g} (now {self._rank:.2f})"
         else:
             return None
         return Ring(
@@ -133,7 +133,9 @@ class DivergenceAlarm:
         self._look_at_update(step, values.get("optim/update_norm"))
         if len(self._large) >= READINGS:
             since = self._large[0]
-            what = f"each step changes the weights by more than {LARGEST_UPDATE:.0%} of their length (now {self._update:.1%})"
+            what = (
+                f"steps change the weights by more than {LARGEST_UPDATE:.0%} of their length (now {self._update:.1%})"
+            )
         elif found:
             name, drift = found[0]
             since = drift.since

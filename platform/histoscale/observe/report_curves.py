@@ -47,7 +47,17 @@ CHARTS = (
         {"health/mean_cosine": "mean cosine of class tokens"},
         "Near 1 all tiles look the same to the model: it has collapsed.",
     ),
+    Chart(
+        "How many directions do class tokens take?",
+        {"health/effective_rank": "effective rank"},
+        "A model that learns keeps it up; near 1 it has collapsed.",
+    ),
     Chart("Gradient", {"optim/grad_norm": "norm before clipping"}),
+    Chart(
+        "How far does a step move the weights?",
+        {"optim/update_norm": "of a step", "optim/ema_distance": "from the average"},
+        "As shares of their length.",
+    ),
     Chart("Learning rate", {"optim/lr": "learning rate"}),
     Chart(
         "Pace",

@@ -177,9 +177,7 @@ class PrototypeObjective:
         out = forward(views.global_crops, views.local_crops, mask, hide_masked=self._hide_masked)
         temperature = loss.student_temperature
         first, second = out["cls"].chunk(2)
-        dino, tiles_b = dino_losses(
-            out["dino"], out["dino_prototypes"], targets.dino, crops.local_count, temperature
-        )
+        dino, tiles_b = dino_losses(out["dino"], out["dino_prototypes"], targets.dino, crops.local_count, temperature)
         terms = [
             dino,
             ibot_loss(out["ibot"], out["ibot_prototypes"], targets.ibot, mask, temperature),
@@ -191,7 +189,7 @@ class PrototypeObjective:
 
     @torch.no_grad()
     def watch(self, targets: Sequence[Targets]) -> Mapping[str, float]:
-        """Entropy of the targets of the class tokens, and how many prototypes the teacher uses before they are balanced."""
+        """Entropy of the class tokens' targets, and which share of the prototypes the teacher prefers."""
         features_ME = torch.cat([each.dino.features_ME for each in targets])
         entropy, use_K = assignment_sums(replace(targets[0].dino, features_ME=features_ME))
         entropy, *use = self._all_reduce(torch.cat([entropy[None], use_K])).div_(2 * self._recipe.batch.tiles)

@@ -68,8 +68,8 @@ class StepMetrics:
         mean_cosine: Between the student's class tokens of different tiles, likewise; near 1 the model has collapsed.
         grad_norm: Global, before clipping.
         stop: Some rank asked to stop after this step.
-        groups: Name of a group of tiles -> the mean of its tiles, of the term of the class tokens; only groups that have
-            tiles in this step.
+        groups: Name of a group of tiles -> the mean of the class tokens' term over its tiles in this step; only groups
+            that have some.
         watched: What is told of some steps only, by its name in `metrics.jsonl`.
     """
 
