@@ -50,7 +50,7 @@ class Tiles:
     @property
     def slides(self) -> NDArray[np.int32]:
         """Eight slides in turn."""
-        return (self.sample_ids // 4 % 8).astype(np.int32)
+        return (self.sample_ids // 2 % 8).astype(np.int32)
 
 
 @dataclass

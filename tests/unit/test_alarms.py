@@ -184,6 +184,14 @@ def test_a_group_that_leaves_the_others_rings_by_name(move: float, prefix: str, 
     assert remedy in ring.said
 
 
+def test_of_two_groups_both_are_named() -> None:
+    curves = {name: curve for name, curve in groups(400).items() if not name.endswith("C")}
+    name = "loss_by_stratum/site=B"
+    curves[name] = [value + (2.0 if step >= 200 else 0.0) for step, value in enumerate(curves[name])]
+    [(_, ring)] = rings(GroupAlarm(), curves)
+    assert ring.said.startswith("the strata site=A and site=B run apart")
+
+
 def test_training_that_waits_for_tiles_rings_once() -> None:
     shares = [0.05] * 100 + [0.9] * 100 + [0.0] * 100 + [0.9] * 100
     found = starts(StarvationAlarm(), {"time/wait_share": shares})

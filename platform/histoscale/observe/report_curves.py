@@ -4,6 +4,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from statistics import fmean
+
+from histoscale.sampling.tile_groups import BY_MPP, BY_STRATUM
 
 _WIDTH, _HEIGHT, _LEFT, _FOOT = 860, 190, 64, 44
 _BUCKETS = 400
@@ -70,6 +73,11 @@ CHARTS = (
 )
 
 
+GROUPS = {BY_MPP: "Loss by magnification, um/px", BY_STRATUM: "Loss by stratum"}
+_GROUPS_NOTE = "Of the class tokens; of many groups, those furthest from the mean."
+_MOST_GROUPS = 5
+
+
 def charts_of(metrics: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
     """Headings and pictures of the charts that a run has values for.
 
@@ -85,7 +93,23 @@ def charts_of(metrics: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
         }
         if series:
             found.append((chart.title, line_chart(series) + (f"<p>{escape(chart.note)}</p>" if chart.note else "")))
+    for prefix, title in GROUPS.items():
+        if apart := _furthest_apart(metrics, prefix):
+            found.append((title, line_chart(apart) + f"<p>{escape(_GROUPS_NOTE)}</p>"))
     return found
+
+
+def _furthest_apart(metrics: Sequence[Mapping[str, float]], prefix: str) -> dict[str, Points]:
+    """Curves of the groups of tiles whose mean is furthest from that of all."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in metrics:
+        for name in line:
+            if name.startswith(prefix):
+                curves.setdefault(name.removeprefix(prefix), []).append((line["step"], line[name]))
+    means = {name: fmean(value for _, value in points) for name, points in curves.items()}
+    middle = fmean(means.values()) if means else 0.0
+    furthest = sorted(curves, key=lambda name: -abs(means[name] - middle))[:_MOST_GROUPS]
+    return {name: curves[name] for name in furthest} if len(curves) > 1 else {}
 
 
 def thinned(points: Points, buckets: int = _BUCKETS) -> list[tuple[float, float]]:

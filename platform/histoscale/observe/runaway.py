@@ -57,13 +57,13 @@ class Runaway:
 
     Attributes:
         share: The move must be more than this share of the usual size.
+        spreads: And more than so many times the spread of the curve.
         falls: Whether a fall is as bad as a rise.
-        recent_steps: Values that are the present.
     """
 
     share: float
+    spreads: float = SPREADS
     falls: bool = False
-    recent_steps: int = RECENT_STEPS
     _recent: deque[tuple[int, float]] = field(default_factory=deque)
     _before: deque[float] = field(default_factory=lambda: deque(maxlen=BASELINE_STEPS))
     _since: int | None = None
@@ -77,7 +77,7 @@ class Runaway:
             size: What the share is of; None is the usual value itself.
         """
         self._recent.append((step, value))
-        if len(self._recent) > self.recent_steps:
+        if len(self._recent) > RECENT_STEPS:
             _, oldest = self._recent.popleft()
             if self._since is None:
                 self._before.append(oldest)
@@ -86,7 +86,7 @@ class Runaway:
         usual = statistics.median(self._before)
         now = statistics.median(value for _, value in self._recent)
         spread = _DEVIATIONS_TO_SPREAD * statistics.median(abs(each - usual) for each in self._before)
-        least = max(SPREADS * spread, self.share * abs(usual if size is None else size))
+        least = max(self.spreads * spread, self.share * abs(usual if size is None else size))
         moved = abs(now - usual) if self.falls else now - usual
         if moved <= least:
             self._since = None
