@@ -15,7 +15,7 @@ from histoscale.evaluate.figures import COLOUR, PRETRAINED, UNTRAINED, Figure, G
 from histoscale.evaluate.metrics import BALANCED_ACCURACY
 from histoscale.evaluate.report import EvaluationReport, encode
 from histoscale.observe.metrics import read_metrics
-from histoscale.observe.report_curves import line_chart, thinned
+from histoscale.observe.report_curves import charts_of, line_chart, thinned
 from histoscale.observe.run_report import write_report
 from histoscale.observe.timeline import Event, Kind, write_event
 from histoscale.storage import Store, open_store
@@ -185,6 +185,16 @@ def test_a_curve_stays_inside_its_picture(values: list[float]) -> None:
     assert len(places) == sum(map(math.isfinite, values))
     assert all(64 <= x <= 860 and 0 <= y <= 190 for x, y in places)
     assert "&lt;a&gt;" in picture
+
+
+def test_groups_of_tiles_are_drawn_those_furthest_apart_first() -> None:
+    losses = {
+        f"loss_by_stratum/site={name}": float(loss) for name, loss in zip("ABCDEFG", (5, 5, 5, 5, 5, 5, 9), strict=True)
+    }
+    charts = dict(charts_of([{"step": step, "loss_by_mpp/0.5": 5.0, **losses} for step in range(3)]))
+    assert "site=G: 9 at step 0" in charts["Loss by stratum"]
+    assert charts["Loss by stratum"].count("<polyline") == 5
+    assert not [title for title in charts if "magnification" in title], "one is none"
 
 
 def test_a_curve_without_a_finite_value_says_so() -> None:

@@ -207,8 +207,12 @@ def _moments(rank: Rank, looks: Rank) -> dict[str, dict[str, int]]:
             "gradients of the micro-step": _gradients_so_far(rank, _head_parameters(rank)),
             "backward of a block": block_backward_bytes(rank),
         },
-        "reduction of the gradients": {"gradients of earlier micro-steps": _summed(rank), **_reducing(rank)},
-        "optimiser": _optimising(rank),
+        "reduction of the gradients": {
+            "gradients of earlier micro-steps": _summed(rank),
+            **_reducing(rank),
+            **(_before_update(rank) if rank.stage == 1 else {}),
+        },
+        "optimiser": _optimising(rank) | _before_update(rank),
     }
 
 
@@ -303,6 +307,11 @@ def _reducing(rank: Rank) -> dict[str, int]:
         "reduction bucket": _bucket(rank, 0) * FP32_BYTES,
         "flattened gradients": flattened,
     }
+
+
+def _before_update(rank: Rank) -> dict[str, int]:
+    """The copy by which a watched step tells how far it has moved the weights; see `train/health.py`."""
+    return {"masters before the update": math.ceil(network_parameters(rank) / rank.workers) * FP32_BYTES}
 
 
 def _optimising(rank: Rank) -> dict[str, int]:
