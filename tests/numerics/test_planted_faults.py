@@ -42,7 +42,7 @@ pytestmark = pytest.mark.timeout(600)
 Tiles = Callable[[Recipe, int, int], Any]
 
 
-def recipe_of(**optim: Any) -> Recipe:
+def recipe_of(steps: int = STEPS, **optim: Any) -> Recipe:
     """A run in which DINO has something to learn: the colours of tiles, which are left as they are."""
     recipe = tiny_recipe(zero_stage=1).model_dump()
     recipe["batch"] |= {"tiles": 16, "replicas": 2}
@@ -53,7 +53,7 @@ def recipe_of(**optim: Any) -> Recipe:
     recipe["loss"] |= {"kde_weight": 0.1, "ibot_weight": 0.1, "teacher_temperature": (0.04, 0.04)}
     recipe["optim"] |= {"lr": 5e-4, "warmup_images": 320, "freeze_last_layer_images": 0, "clip_norm": 3.0}
     recipe["optim"] |= {"ema_momentum": (0.9, 1.0), "layer_decay": 1.0} | optim
-    recipe["schedule"] = {"images": 16 * STEPS}
+    recipe["schedule"] = {"images": 16 * steps}
     return Recipe.model_validate(recipe)
 
 
@@ -107,7 +107,7 @@ def all_runs(rank: int, folder: Path) -> None:
     recipe = recipe_of()
     run(folder, "healthy", recipe, tiles_of)
     run(folder, "rate", recipe_of(lr=100 * recipe.optim.lr), tiles_of)
-    run(folder, "starved", recipe.model_copy(update={"schedule": {"images": 16 * 60}}), tiles_of, SLOW_READ_S)
+    run(folder, "starved", recipe_of(steps=STARVED_STEPS + 10), tiles_of, SLOW_READ_S)
     for fill in ("noise", "blank"):
         run(folder, fill, recipe, partial(corrupted, fill))
 

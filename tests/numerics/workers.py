@@ -148,7 +148,8 @@ def train(rank: int, recipe: Recipe, run: Path, stop: int) -> None:
 def flat(metrics: Any) -> dict[str, Any]:
     """The metrics of a step with its terms, and what is told apart or of some steps only, among them."""
     values = dict(vars(metrics))
-    return values | values.pop("terms") | values.pop("groups") | values.pop("watched")
+    parts = [values.pop(name) for name in ("terms", "groups", "watched")]
+    return {**values, **{name: value for part in parts for name, value in part.items()}}
 
 
 def turns(recipe: Recipe, rank: int, step: int) -> list[Any]:
