@@ -19,8 +19,7 @@ _FAMILIES = {BY_STRATUM: ("stratum", "strata"), BY_MPP: ("magnification", "magni
 class GroupAlarm:
     """Rings when the loss of a group of tiles moves against that of the others, up or down.
 
-    What all groups have in common (a warm-up, a schedule) is in no gap. Tiles that are blank are learned by heart, and
-    their loss falls; tiles that are damaged are not learned, and it stays behind.
+    What all groups have in common (a warm-up, a schedule) is in no gap.
     """
 
     _gaps: dict[str, Runaway] = field(default_factory=lambda: defaultdict(_gap))
