@@ -36,7 +36,7 @@ def indexed(slides: Path, index: Path, mpp: Mapping[str, float] | None = None) -
         lines = "".join(f"{name},{value}\n" for name, value in mpp.items())
         (slides / "slides.csv").write_text("slide,mpp\n" + lines)
     source, out = list_slides(str(slides)), open_store(index)
-    archive = describe_slides(source, index_key(protected(out)), read_tables(source, None, None), None)
+    archive = describe_slides(source, index_key(protected(out)), read_tables(source, None, ()), None)
     records = []
     for name in archive.slides:
         location = archive.location(name)

@@ -12,7 +12,16 @@ import ray
 
 from histoscale.cluster.embedding_pipeline import Embedded, EmbeddingPipeline, Workforce
 from histoscale.embeddings.files import key_of
-from histoscale.embeddings.folder import MANIFEST, Folder, LeftOut, begin, files_of, unchanged, write_left_out
+from histoscale.embeddings.folder import (
+    MANIFEST,
+    Folder,
+    LeftOut,
+    begin,
+    files_of,
+    require_name,
+    unchanged,
+    write_left_out,
+)
 from histoscale.embeddings.network import BF16, FP32, Network
 from histoscale.embeddings.progress import EmbeddingProgress
 from histoscale.embeddings.reading import Source
@@ -60,6 +69,10 @@ class EmbeddingPlan:
     max_bad_slides: int = 1000
     max_bad_share: float = 0.05
     cache_bytes: int = DEFAULT_CACHE_BYTES
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            require_name(self.name)
 
     @property
     def folder_uri(self) -> str:

@@ -6,6 +6,7 @@ left_out.jsonl    slide id and reason of every slide without a file
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from histoscale.storage import Store
 from histoscale.storage.json_object import count_of, read_json, text_of
 
 MANIFEST, LEFT_OUT = "embeddings.json", "left_out.jsonl"
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _SAME = ("mpp", "width_px0", "height_px0", "mask_um", "size_bytes", "record_check")
 """Columns of the catalogue that decide which tiles a slide has, and that change where its file does."""
 
@@ -90,6 +92,16 @@ def read_folder(store: Store) -> Folder:
         expected=f"format {FORMAT}, version {VERSION}",
         remedy="embed the slides into another place",
     )
+
+
+def require_name(name: str) -> None:
+    """Refuse a name that cannot be a part of a key.
+
+    Raises:
+        EmbeddingError: It cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise EmbeddingError("--name is no name", value=name, expected="letters, digits, '-', '_' and '.'")
 
 
 def files_of(store: Store) -> set[str]:

@@ -110,14 +110,17 @@ class TileReader:
         side_px = tiling.tile_px
         regions = [Region(float(x), float(y), side_px, tiling.mpp) for x, y in coords_N2.tolist()]
         outcomes = self._slides.begin(row, regions)()
-        refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal)]
-        kept = [number for number, outcome in enumerate(outcomes) if not isinstance(outcome, Refusal)]
-        tiles = np.empty((len(kept), side_px, side_px, 3), np.uint8)
-        for at, number in enumerate(kept):
-            tiles[at] = outcomes[number]
+        refusals, kept = [], []
+        tiles = np.empty((len(regions), side_px, side_px, 3), np.uint8)
+        for number, outcome in enumerate(outcomes):
+            if isinstance(outcome, Refusal):
+                refusals.append(outcome)
+            else:
+                tiles[len(kept)] = outcome
+                kept.append(number)
         whole = next((refusal.reason for refusal in refusals if refusal.whole_slide), None)
         reasons = Counter(refusal.reason for refusal in refusals)
-        return Batch(tiles, np.array(kept, np.int64), dict(reasons), whole)
+        return Batch(tiles[: len(kept)], np.array(kept, np.int64), dict(reasons), whole)
 
 
 def kept_tiles(
