@@ -7,7 +7,8 @@ INDEX is the --out of jobs/index.py, RUN that of jobs/pretrain.py; --export DIR 
 Files go to DIR/20x_224px_0px_overlap/features_MODEL/SLIDE_ID.h5 in the layout of TRIDENT: `features` [n, D], `coords`
 [n, 2] at level 0. Tiles lie on a grid over the tissue, at exactly --mpp. Running the command again goes on where it was
 killed, and embeds slides that are new or have changed. A slide that cannot be read is named, with its reason, in
-left_out.jsonl. docs/guides/embedding.md has the layout; jobs/slides.py learns from such files. Exit status: 0, or with a one-line diagnosis as the last line 2, or 75 where the same command may succeed later.
+left_out.jsonl. docs/guides/embedding.md has the layout; jobs/slides.py learns from such files. Exit status: 0, or with
+a one-line diagnosis as the last line 2, or 75 where the same command may succeed later.
 """
 
 import argparse

@@ -9,8 +9,7 @@ SLIDES leave the index; earlier snapshots stay, for the runs that began with the
 
   slides.csv in SLIDES, or --sidecar CSV    slide,mpp              um/px of slides that do not say theirs
   --strata CSV (or columns of slides.csv)   slide,site,stain,...   up to 8 columns that sampling is balanced over;
-                                            a column `patient` is kept as a keyed id alone; may be given
-                                            several times, and names slides of INDEX by their ids as well
+                                            (again and again, also by id); `patient` is kept as a keyed id
   --pattern '(?P<site>[^/]+)/.*'            the same out of the slides' paths below SLIDES
   --exclude CSV                             slide or patient       withdraws slides of the index from training, and
                                             indexes nothing
@@ -51,10 +50,8 @@ def main() -> None:
     from histoscale.storage import open_store
 
     slides, out = location(arguments.slides, "SLIDES"), location(arguments.out, "--out")
-    files = {
-        name: location(getattr(arguments, name), f"--{name}") if getattr(arguments, name) else None
-        for name in ("sidecar", "exclude")
-    }
+    sidecar = location(arguments.sidecar, "--sidecar") if arguments.sidecar else None
+    withdrawn = location(arguments.exclude, "--exclude") if arguments.exclude else None
     strata = [location(text, "--strata") for text in arguments.strata or ()]
     said_s = 0.0
 
@@ -65,14 +62,14 @@ def main() -> None:
         said_s = time.monotonic()
         print(progress.line(), flush=True)
 
-    if files["exclude"]:
+    if withdrawn:
         require_alone({name: getattr(arguments, name) for name in ("sidecar", "strata", "pattern", "report")})
-        content = read_csv(files["exclude"], "the CSV of --exclude")
+        content = read_csv(withdrawn, "the CSV of --exclude")
         done = exclude(open_store(out), slides_root(slides)[0].uri, content)
         print(f"exclusion {done.number}: {len(done.slide_ids)} slides, for every run that starts from now on")
         return
-    sources = {"sidecar": files["sidecar"], "pattern": arguments.pattern}
-    for line in describe(build_index(slides, out, strata=strata, **sources, connect=connect, progress=tell)):
+    sources = {"sidecar": sidecar, "strata": strata, "pattern": arguments.pattern}
+    for line in describe(build_index(slides, out, **sources, connect=connect, progress=tell)):
         print(line)
     print(f"index: {out}")
     if arguments.report:

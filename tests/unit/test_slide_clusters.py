@@ -1,5 +1,6 @@
 """Clusters of tiles become a column of the next index, and the plan balances over it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,6 @@ def test_a_run_balances_over_the_clusters_of_the_next_index(tmp_path: Path) -> N
     assert archive.strata.columns == ("site", "cluster")
     # What build_index commits once no slide is new.
     about, records = archive.about(), read_index(out).records
-    from dataclasses import replace
-
     anew = [replace(record, strata=about.strata(record.slide_id)) for record in records]
     write_index(out, make_index(anew, [], archive.strata.columns), read_locations(out))
     catalogue = open_catalogue(str(tmp_path / "index"), cache=tmp_path / "cache")
@@ -82,6 +81,7 @@ def test_a_run_balances_over_the_clusters_of_the_next_index(tmp_path: Path) -> N
         max_upsample=1.1,
         min_tissue=0.4,
         balance=("cluster",),
+        temperature=1e9,
     )
     plan = Plan(spec, catalogue.rows, catalogue.columns, catalogue.values, catalogue.mask, {})
     rows = np.concatenate([plan.chapter(0, step, step).rows.reshape(-1) for step in range(100)])

@@ -69,7 +69,7 @@ def test_the_pooled_bag_equals_a_loop_over_its_tiles() -> None:
         h = torch.clamp(net.project.weight @ tile + net.project.bias, min=0)
         tanh = torch.tanh(net.tanh_of.weight @ h + net.tanh_of.bias)
         gate = 1 / (1 + torch.exp(-(net.gate_of.weight @ h + net.gate_of.bias)))
-        scores.append(float((net.score_of.weight[0] * tanh * gate).sum() + net.score_of.bias[0]))
+        scores.append(((net.score_of.weight[0] * tanh * gate).sum() + net.score_of.bias[0]).item())
         hidden.append(h)
     exponents = np.exp(np.array(scores))
     weights = exponents / exponents.sum()

@@ -182,8 +182,9 @@ def embed_slides(plan: EmbeddingPlan, force: Workforce, tell: Callable[[Embeddin
     cache = Path(tempfile.gettempdir()) / f"histoscale-slides-{os.getuid()}"
     source = Source(plan.index_uri, catalogue.snapshot_id, spec, cache, plan.cache_bytes)
     work = _Work(plan, store, len(rows), len(rows) - len(left), tell)
-    for outcome in EmbeddingPipeline(catalogue, source, network, plan.folder_uri, force).run(left) if left else ():
-        work.take(outcome)
+    pipeline = EmbeddingPipeline(catalogue, source, network, plan.folder_uri, force)
+    for outcome in pipeline.run(left) if left else ():
+        work.take(outcome, pipeline.began_s)
     write_left_out(store, work.left_out)
     is_all = plan.selection == Selection()
     snapshots = folder.snapshots[-1:] if is_all else folder.snapshots
@@ -204,14 +205,13 @@ class _Work:
         self._store = store
         self._tell = tell
         self._allowed = allowed_bad_slides(total, plan.max_bad_slides, plan.max_bad_share)
-        self._start_s = time.monotonic()
         self.progress = EmbeddingProgress(total, before, 0, 0, 0, 0.0)
         self.refused_tiles = 0
         self.left_out: list[LeftOut] = []
         tell(self.progress)
 
-    def take(self, outcome: Embedded | LeftOut | None) -> None:
-        """Count an outcome.
+    def take(self, outcome: Embedded | LeftOut | None, began_s: float | None) -> None:
+        """Count an outcome of work that began at a time, or has not yet.
 
         Raises:
             EmbeddingError: More slides are bad than is borne.
@@ -223,7 +223,7 @@ class _Work:
         elif outcome is not None:
             self.left_out.append(outcome)
             progress = replace(progress, left_out=progress.left_out + 1)
-        self.progress = replace(progress, seconds=time.monotonic() - self._start_s)
+        self.progress = replace(progress, seconds=0.0 if began_s is None else time.monotonic() - began_s)
         if isinstance(outcome, LeftOut) and outcome.is_bad:
             self._require_few()
         self._tell(self.progress)

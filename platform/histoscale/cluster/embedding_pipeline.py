@@ -5,6 +5,7 @@ processes die is done again; bounds on batches under way bound the memory.
 """
 
 import contextlib
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,9 @@ class EmbeddingPipeline:
         network: The weights.
         out_uri: The folder of the embeddings.
         workforce: How many processes.
+
+    Attributes:
+        began_s: When the first batch was handed out, by the monotonic clock; None before.
     """
 
     def __init__(
@@ -127,9 +131,10 @@ class EmbeddingPipeline:
         self._unwritten: deque[_Slide] = deque()
         self._outcomes: deque[Outcome] = deque()
         self._deaths = 0
+        self.began_s: float | None = None
 
     def run(self, rows: Sequence[int]) -> Iterator[Outcome | None]:
-        """What became of each slide, as it comes; None now and then, while nothing does.
+        """What became of each slide, as it comes; None now and then, whenever work was handed out or nothing happened.
 
         Raises:
             ClusterError: Workers die before they have done anything.
@@ -144,11 +149,10 @@ class EmbeddingPipeline:
             while self._rows or self._current or self._unwritten or any(call.slide for call in self._calls.values()):
                 self._write()
                 self._hand_out()
+                yield None
                 ended, _ = ray.wait(list(self._calls), timeout=_POLL_S) if self._calls else ([], [])
                 for ref in ended:
                     self._take(ref)
-                if not self._outcomes and not ended:
-                    yield None
                 while self._outcomes:
                     yield self._outcomes.popleft()
         finally:
@@ -179,6 +183,7 @@ class EmbeddingPipeline:
             if slide is None:
                 return
             reader, embedder = _idlest(readers), _idlest(embedders)
+            self.began_s = time.monotonic() if self.began_s is None else self.began_s
             number = slide.handed_out
             slide.handed_out += 1
             wanted = slide.order[number * BATCH_TILES : (number + 1) * BATCH_TILES]

@@ -19,7 +19,7 @@ class EmbeddingProgress:
         done: Embedded by this one.
         left_out: Without a file.
         tiles: Tiles that this one embedded.
-        seconds: Since it began.
+        seconds: Since the first tiles were asked for.
     """
 
     total: int
