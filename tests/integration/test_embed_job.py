@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,19 @@ import ray
 import torch
 from tests.unit.embeddings_on_disk import exported_network, indexed
 
+from histoscale.cluster import embedding_pipeline
 from histoscale.cluster.embedding import EmbeddingPlan, EmbeddingSummary, embed_slides
 from histoscale.cluster.embedding_pipeline import Workforce
+from histoscale.cluster.slide_tasks import SlideTask, run_task
 from histoscale.embeddings.files import SlideTiles, read_embedding
 from histoscale.embeddings.folder import LEFT_OUT, MANIFEST, files_of, read_folder
 from histoscale.embeddings.network import TileEmbedder
 from histoscale.embeddings.progress import EmbeddingProgress
 from histoscale.embeddings.reading import tiles_of
 from histoscale.embeddings.selection import Selection
+from histoscale.embeddings.slide_probe import ProbePlan
 from histoscale.embeddings.tiling import Tiling
-from histoscale.errors import EmbeddingError
+from histoscale.errors import ClusterError, EmbeddingError, SlideIndexError
 from histoscale.slides.catalogue import open_catalogue
 from histoscale.slides.exclusions import append_exclusion
 from histoscale.slides.openslide_reader import open_slide
@@ -185,6 +189,45 @@ def test_a_killed_process_has_its_slides_done_again(
     assert killed
     assert summary.progress.done == 3
     assert contents(folder_of(tmp_path)) == contents(undisturbed)
+
+
+def kill_a_reader(progress: EmbeddingProgress) -> None:
+    """Kill the reader at the first slide that is done."""
+    if (progress.done, progress.left_out) == (1, 0):
+        for process in processes("ReaderActor"):
+            process.send_signal(signal.SIGKILL)
+
+
+def test_a_slide_whose_processes_die_again_and_again_is_left_out(
+    cluster: None, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding_pipeline, "_TRIES", 1)
+    summary = embed(plan_of(archive, tmp_path, max_bad_slides=3, max_bad_share=1.0), kill_a_reader)
+    assert summary.left_out
+    assert {each.reason for each in summary.left_out} == {"the processes that read and embedded it died"}
+    assert summary.progress.done + len(summary.left_out) == 3
+
+
+def test_processes_that_only_die_end_the_job(
+    cluster: None, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding_pipeline, "_DEATHS_IN_A_ROW", 0)
+    with pytest.raises(ClusterError, match="die before they have done anything"):
+        embed(plan_of(archive, tmp_path), kill_a_reader)
+
+
+def test_what_is_learnt_from_embeddings_is_told_and_so_is_what_cannot_be(undisturbed: Path, tmp_path: Path) -> None:
+    plan = ProbePlan("t", seeds=1)
+    lines: list[str] = []
+    task = SlideTask(str(undisturbed), None, None, plan, clusters=2, sample=100, seed=0)
+    found = run_task(task, "auto", lines.append)
+    assert found[-1] == f"strata: {undisturbed}/clusters/2/clusters.csv"
+    assert lines[-1].startswith("slides clustered: 3 of 3")
+    shutil.rmtree(undisturbed / "clusters")
+    with pytest.raises(SlideIndexError, match="the CSV of labels is not there"):
+        run_task(replace(task, labels_uri=str(tmp_path / "labels.csv")), "cpu", lines.append)
+    with pytest.raises(ClusterError, match="the cluster has no GPU"):
+        run_task(task, "cuda", lines.append)
 
 
 def test_a_job_that_is_killed_goes_on_to_the_same_files(archive: Path, undisturbed: Path, tmp_path: Path) -> None:

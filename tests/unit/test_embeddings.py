@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from tests.unit.embeddings_on_disk import SNAPSHOT, a_spec, exported_network, indexed, small_recipe, write_files
+from tests.unit.test_export import committed_run, tiny_recipe
 
 from histoscale.cluster.embedding import workforce_of
 from histoscale.embeddings.files import (
@@ -28,8 +30,8 @@ from histoscale.embeddings.progress import EmbeddingProgress
 from histoscale.embeddings.reading import NO_TILE, TOO_COARSE, Source, TileReader, kept_tiles, tiles_of
 from histoscale.embeddings.selection import Selection
 from histoscale.embeddings.tiling import Tiling, reading_order
-from histoscale.errors import ClusterError, EmbeddingError, HistoscaleError
-from histoscale.evaluate.backbone import initial_backbone
+from histoscale.errors import CheckpointError, ClusterError, EmbeddingError, HistoscaleError
+from histoscale.evaluate.backbone import initial_backbone, trained_backbone
 from histoscale.slides.catalogue import Catalogue, open_catalogue
 from histoscale.slides.synthetic import make_slides
 from histoscale.storage import open_store
@@ -233,6 +235,38 @@ def test_a_selection_says_what_is_not_there(archive: tuple[Path, Catalogue]) -> 
             Selection.parse(slides, where, limit).rows(catalogue, ())
     with pytest.raises(EmbeddingError, match="no slide of the index is wanted"):
         Selection().rows(catalogue, {first, second})
+
+
+def test_a_condition_is_a_column_and_one_of_its_values() -> None:
+    strata = np.zeros((3, 8), np.uint32)
+    strata[:, 1] = [0, 1, 0]
+    rows = np.zeros(3, [("strata", "<u4", (8,))])
+    rows["strata"] = strata
+    values = (("a",), ("x", "y"))
+    kind: Any = type("OfThree", (SimpleNamespace,), {"__len__": lambda _: 3})
+    catalogue = kind(rows=rows, columns=("site", "stain"), values=values, has=lambda _: False)
+    assert Selection.parse(None, ["stain=x"], None).rows(catalogue, ()) == [0, 2]
+    assert Selection.parse(None, ["stain=y", "site=a"], None).rows(catalogue, ()) == [1]
+    with pytest.raises(EmbeddingError, match=r"no slide has this stain \(got 'z'; expected one of 'x', 'y'\)"):
+        Selection.parse(None, ["stain=z"], None).rows(catalogue, ())
+    with pytest.raises(EmbeddingError, match=r"no such column \(got 'age'; expected one of site, stain\)"):
+        Selection.parse(None, ["age=z"], None).rows(catalogue, ())
+
+
+@pytest.mark.usefixtures("process_group")
+def test_the_network_of_a_run_is_its_teacher_at_the_step(tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    store = committed_run(tmp_path, recipe)
+    network = find_network(store, recipe, None)
+    assert network == find_network(store, recipe, 2)
+    assert (network.name, network.image_px) == ("vit_test14-step-2", recipe.crops.global_px)
+    wanted = trained_backbone(store, recipe)[0].state_dict()
+    for name, tensor in network.load().state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 3"):
+        find_network(store, recipe, 3)
+    with pytest.raises(CheckpointError, match="belongs to another recipe"):
+        find_network(store, tiny_recipe(seed=1), None)
 
 
 def test_tiles_and_steps_that_the_network_cannot_take_are_refused(tmp_path: Path) -> None:
