@@ -1,4 +1,4 @@
-"""The processes that embed slides: readers on CPUs, embedders on GPUs or CPUs. Data go from one to the other directly.
+"""The processes that embed slides: readers on CPUs, embedders on GPUs or CPUs. Pixels go from one to the other.
 
 What they need is opened in `ready` and not in `__init__`: there, an error would reach the driver as the death of an
 actor, without its type.

@@ -1,4 +1,4 @@
-"""Embeds slides with actors: the driver hands out batches and refers to data, which never pass through it.
+"""Embeds slides with actors: the driver hands out batches and refers to what comes of them; pixels never pass it.
 
 A slide's batches go from readers to embedders, and its file is written by a reader once all are there. A slide whose
 processes die is done again; bounds on batches under way bound the memory.
