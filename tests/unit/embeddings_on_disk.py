@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from histoscale.checkpoint.manifest import Commit
-from histoscale.config.decode import decode_recipe, fingerprint
+from histoscale.bench.embed import publish_weights
+from histoscale.config.decode import decode_recipe
 from histoscale.config.recipe import Recipe
 from histoscale.embeddings.files import SlideTiles, write_embedding
 from histoscale.embeddings.folder import begin
@@ -15,7 +15,6 @@ from histoscale.embeddings.network import Network, network_of_export
 from histoscale.embeddings.spec import EmbeddingSpec
 from histoscale.embeddings.tiling import Tiling
 from histoscale.evaluate.backbone import initial_backbone
-from histoscale.export.timm_layout import write_layout
 from histoscale.slides.archive import describe_slides, list_slides, read_tables
 from histoscale.slides.catalogue import Catalogue, open_catalogue
 from histoscale.slides.examine import examine
@@ -64,8 +63,7 @@ def small_recipe(arch: str = "vit_test14", global_px: int = 56) -> Recipe:
 def exported_network(folder: Path, recipe: Recipe | None = None) -> Network:
     """The network of a new export of the weights that a recipe begins with."""
     recipe = recipe or small_recipe()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_layout(folder, initial_backbone(recipe), recipe, Commit(1, 4, fingerprint(recipe), "", {}, 0, None, {}))
+    publish_weights(folder, initial_backbone(recipe), recipe)
     return network_of_export(open_store(folder))
 
 

@@ -279,7 +279,7 @@ def test_tiles_and_steps_that_the_network_cannot_take_are_refused(tmp_path: Path
     with pytest.raises(EmbeddingError, match="an export has no steps"):
         find_network(open_store(tmp_path / "export"), None, 3)
     other = replace(network, fingerprint="sha256:1")
-    with pytest.raises(EmbeddingError, match="not those that its configuration names"):
+    with pytest.raises(EmbeddingError, match="the export is another one by now"):
         other.load()
 
 

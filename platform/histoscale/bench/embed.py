@@ -19,9 +19,9 @@ from PIL import Image
 
 from histoscale.bench.figure import Figure
 from histoscale.bench.ray_local import CpuMeter, local_ray
-from histoscale.checkpoint.manifest import Commit
 from histoscale.cluster.embedding_pipeline import BATCH_TILES, Embedded, EmbeddingPipeline, Workforce
 from histoscale.config.decode import decode_recipe, fingerprint
+from histoscale.config.recipe import Recipe
 from histoscale.embeddings.files import SlideTiles, read_embedding
 from histoscale.embeddings.network import FP32, Network, TileEmbedder, network_of_export
 from histoscale.embeddings.reading import Source, tiles_of
@@ -29,7 +29,9 @@ from histoscale.embeddings.spec import EmbeddingSpec
 from histoscale.embeddings.tiling import Tiling
 from histoscale.errors import DatasetError
 from histoscale.evaluate.backbone import initial_backbone
-from histoscale.export.timm_layout import write_layout
+from histoscale.export.marker import Marker, publish
+from histoscale.export.run import write_model
+from histoscale.models import VisionTransformer
 from histoscale.slides.build import build_index
 from histoscale.slides.catalogue import Catalogue, open_catalogue
 from histoscale.storage import open_store
@@ -90,10 +92,29 @@ def _make_slide(path: Path) -> Path:
 
 def _export(folder: Path, arch: str) -> Network:
     recipe = decode_recipe({"model": {"arch": arch}})
-    folder.mkdir()
-    commit = Commit(0, 0, fingerprint(recipe), "", {}, 0, None, {})
-    write_layout(folder, initial_backbone(recipe), recipe, commit)
+    publish_weights(folder, initial_backbone(recipe), recipe)
     return network_of_export(open_store(folder))
+
+
+def publish_weights(folder: Path, backbone: VisionTransformer, recipe: Recipe) -> None:
+    """Write an export of a backbone that no run has trained."""
+    marker = Marker(
+        layout="timm",
+        arch=recipe.model.arch,
+        image_px=recipe.crops.global_px,
+        qk_norm=recipe.model.qk_norm,
+        recipe=fingerprint(recipe),
+        snapshot="",
+        step=0,
+        images_seen=0,
+        teacher=None,
+        licence=None,
+        origins=(),
+        sha256={},
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        write_model(Path(scratch), backbone, marker)
+        publish(open_store(folder), Path(scratch), marker)
 
 
 def _spec(network: Network) -> EmbeddingSpec:

@@ -7,16 +7,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from histoscale.checkpoint.reader import commit_at, load_teacher_backbone, require_commit, require_recipe
+from histoscale.checkpoint.reader import commit_at, require_commit, require_recipe
 from histoscale.config.archs import ARCHS
 from histoscale.config.decode import fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.errors import EmbeddingError
-from histoscale.evaluate.backbone import run_backbone
+from histoscale.evaluate.backbone import trained_backbone
 from histoscale.evaluate.embed import embed_pixels
-from histoscale.export.exported import read_export
+from histoscale.export.exported import load_export, read_export
 from histoscale.models import VisionTransformer
-from histoscale.models.published import load_published
 from histoscale.storage import Store, open_store
 
 CLS_MEAN = "cls_mean"
@@ -33,7 +32,7 @@ class Network:
         qk_norm: Whether it normalises queries and keys.
         image_px: Side of the images that its position embedding is made for.
         fingerprint: Names the weights.
-        uri: The run folder, or the weights of the export.
+        uri: The run folder, or that of the export.
         recipe: Of the run; None of an export.
         step: Of the run's commit.
     """
@@ -52,7 +51,8 @@ class Network:
 
         Raises:
             CheckpointError: The commit is gone or damaged.
-            ModelError: The export is another one by now.
+            EmbeddingError: The export is another one by now.
+            ModelError: It is damaged.
             StorageError: The weights cannot be reached.
         """
         store = open_store(self.uri)
@@ -128,8 +128,9 @@ def network_of_export(store: Store) -> Network:
         ModelError: It is none of ours.
     """
     export = read_export(store)
-    name = f"{export.arch}-{export.sha256[:8]}"
-    return Network(name, export.arch, export.qk_norm, export.image_px, f"sha256:{export.sha256}", export.weights)
+    marker = export.marker
+    name = f"{marker.arch}-{export.sha256[:8]}"
+    return Network(name, marker.arch, marker.qk_norm, marker.image_px, f"sha256:{export.sha256}", store.uri)
 
 
 class TileEmbedder:
