@@ -58,7 +58,7 @@ class _Rate:
 
 
 def embed() -> Iterator[Figure]:
-    """`embed.tiles_per_s` and `embed.cpu_ratio` for each of `ARCHS`, on a slide of a whole section at 0.25 um/px."""
+    """`embed.tiles_per_s` and `embed.cpu_ratio` for each of `ARCHS`, on a slide of whole sections at 0.25 um/px."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="histoscale-bench-") as name, local_ray(cpus=2):
         folder = Path(name)
@@ -85,7 +85,7 @@ def _make_slide(path: Path) -> Path:
     if not sections or not _TOOL.exists():
         raise DatasetError("no sections to make slides of", value=str(_SHARED), expected="whole sections as JPEG")
     path.parent.mkdir(parents=True)
-    command = [sys.executable, str(_TOOL), str(path), str(sections[0]), "--grid", "1", "--mpp", "0.25"]
+    command = [sys.executable, str(_TOOL), str(path), *map(str, sections), "--grid", "2", "--mpp", "0.25"]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return path
 

@@ -110,7 +110,8 @@ class TileReader:
         side_px = tiling.tile_px
         regions = [Region(float(x), float(y), side_px, tiling.mpp) for x, y in coords_N2.tolist()]
         outcomes = self._slides.begin(row, regions)()
-        refusals, kept = [], []
+        refusals: list[Refusal] = []
+        kept: list[int] = []
         tiles = np.empty((len(regions), side_px, side_px, 3), np.uint8)
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, Refusal):
