@@ -9,7 +9,7 @@ SLIDES leave the index; earlier snapshots stay, for the runs that began with the
 
   slides.csv in SLIDES, or --sidecar CSV    slide,mpp              um/px of slides that do not say theirs
   --strata CSV (or columns of slides.csv)   slide,site,stain,...   up to 8 columns that sampling is balanced over;
-                                            a column `patient` is kept as a keyed id alone
+                                            (again and again, also by id); `patient` is kept as a keyed id
   --pattern '(?P<site>[^/]+)/.*'            the same out of the slides' paths below SLIDES
   --exclude CSV                             slide or patient       withdraws slides of the index from training, and
                                             indexes nothing
@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("slides", metavar="SLIDES", help="a folder, an s3:// prefix or one slide")
     parser.add_argument("--out", required=True, metavar="INDEX", help="where the index goes")
     parser.add_argument("--sidecar", metavar="CSV", help="um/px of slides that do not say theirs: columns slide,mpp")
-    parser.add_argument("--strata", metavar="CSV", help="where slides come from: columns slide,site,stain,...")
+    parser.add_argument(
+        "--strata", action="append", metavar="CSV", help="where slides come from: columns slide,site,stain,..."
+    )
     parser.add_argument("--pattern", metavar="REGEX", help="the same: named groups, matched with paths below SLIDES")
     parser.add_argument("--exclude", metavar="CSV", help="withdraw slides, and no more: columns slide, patient or both")
     parser.add_argument("--report", action="store_true", help="write INDEX/report.html")
@@ -48,10 +50,9 @@ def main() -> None:
     from histoscale.storage import open_store
 
     slides, out = location(arguments.slides, "SLIDES"), location(arguments.out, "--out")
-    files = {
-        name: location(getattr(arguments, name), f"--{name}") if getattr(arguments, name) else None
-        for name in ("sidecar", "strata", "exclude")
-    }
+    sidecar = location(arguments.sidecar, "--sidecar") if arguments.sidecar else None
+    withdrawn = location(arguments.exclude, "--exclude") if arguments.exclude else None
+    strata = [location(text, "--strata") for text in arguments.strata or ()]
     said_s = 0.0
 
     def tell(progress: IndexProgress) -> None:
@@ -61,13 +62,13 @@ def main() -> None:
         said_s = time.monotonic()
         print(progress.line(), flush=True)
 
-    if files["exclude"]:
+    if withdrawn:
         require_alone({name: getattr(arguments, name) for name in ("sidecar", "strata", "pattern", "report")})
-        content = read_csv(files["exclude"], "the CSV of --exclude")
+        content = read_csv(withdrawn, "the CSV of --exclude")
         done = exclude(open_store(out), slides_root(slides)[0].uri, content)
         print(f"exclusion {done.number}: {len(done.slide_ids)} slides, for every run that starts from now on")
         return
-    sources = {"sidecar": files["sidecar"], "strata": files["strata"], "pattern": arguments.pattern}
+    sources = {"sidecar": sidecar, "strata": strata, "pattern": arguments.pattern}
     for line in describe(build_index(slides, out, **sources, connect=connect, progress=tell)):
         print(line)
     print(f"index: {out}")

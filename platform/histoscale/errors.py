@@ -13,6 +13,7 @@ HistoscaleError
 ├── TrainingError      a training step that must not be taken
 │   └── NonFiniteError a loss or a gradient that is no number
 ├── DatasetError       a labelled dataset that is incomplete
+├── EmbeddingError     embeddings of slides that are incomplete, foreign or of another model
 ├── ExportError        an export that cannot be made or proven
 └── ClusterError       a cluster or a job that cannot be used
 """
@@ -139,6 +140,10 @@ class NonFiniteError(TrainingError):
 
 class DatasetError(HistoscaleError):
     """A labelled dataset that is incomplete or unreadable."""
+
+
+class EmbeddingError(HistoscaleError):
+    """Embeddings of slides that are incomplete, foreign or of another model, and labels that do not fit them."""
 
 
 class ExportError(HistoscaleError):

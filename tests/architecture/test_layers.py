@@ -15,7 +15,7 @@ LAYERS = [
     {"config", "storage"},
     {"slides", "sampling"},
     {"models", "objectives", "augment"},
-    {"stream", "checkpoint", "train", "evaluate", "export", "observe"},
+    {"stream", "checkpoint", "train", "evaluate", "export", "observe", "embeddings"},
     {"cluster", "bench"},
 ]
 MAY_IMPORT_RAY = {"stream", "cluster", "slides/build.py", "bench"}

@@ -13,6 +13,7 @@ NAMES = (
     "augment",
     "checkpoint",
     "elastic",
+    "embed",
     "evaluate",
     "faults",
     "feed",

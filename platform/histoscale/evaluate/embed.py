@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from histoscale.augment.colour import normalise
 from histoscale.evaluate.datasets import Tile
@@ -51,11 +52,20 @@ class Embedder:
     def __call__(self, tiles: Sequence[Tile]) -> FloatArray:
         """Embeddings float32 [B, 2D]."""
         pixels = np.stack([_resize(tile, self._image_px) for tile in tiles])
-        images_B3HW = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float() / 255.0
-        tokens_BTD = self._backbone(normalise(images_B3HW))
-        patches = tokens_BTD[:, self._backbone.prefix_tokens :]
-        embeddings: FloatArray = torch.cat([tokens_BTD[:, 0], patches.mean(dim=1)], dim=1).cpu().numpy()
+        embeddings: FloatArray = embed_pixels(self._backbone, torch.from_numpy(pixels).to(self._device)).cpu().numpy()
         return embeddings
+
+
+def embed_pixels(backbone: VisionTransformer, pixels_BHW3: Tensor) -> Tensor:
+    """Both kinds of embedding of tiles as they are: class token and mean of the patch tokens, [B, 2D].
+
+    Args:
+        backbone: In evaluation mode.
+        pixels_BHW3: uint8, RGB, on the backbone's device; sides are multiples of its patch.
+    """
+    images_B3HW = pixels_BHW3.permute(0, 3, 1, 2).float() / 255.0
+    tokens_BTD = backbone(normalise(images_B3HW))
+    return torch.cat([tokens_BTD[:, 0], tokens_BTD[:, backbone.prefix_tokens :].mean(dim=1)], dim=1)
 
 
 def _resize(tile: Tile, side_px: int) -> Tile:

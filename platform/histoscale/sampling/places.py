@@ -109,13 +109,27 @@ def coarsest_scan_mpp(mpp: float, max_upsample: float) -> float:
     return mpp * max_upsample * (1.0 + _TOLERANCE)
 
 
-def grid(width_px0: int, height_px0: int, side_px0: float) -> Grid:
-    """Grid of squares of `side_px0`, centred in a slide of this size."""
-    pitch_px0 = math.ceil(side_px0 * (1.0 - _TOLERANCE))
-    columns, rows = width_px0 // pitch_px0, height_px0 // pitch_px0
-    left_px0 = (width_px0 - columns * pitch_px0) // 2
-    top_px0 = (height_px0 - rows * pitch_px0) // 2
+def grid(width_px0: int, height_px0: int, side_px0: float, stride_px0: float | None = None) -> Grid:
+    """Grid of squares of `side_px0`, centred in a slide of this size.
+
+    Args:
+        width_px0: Width of the slide.
+        height_px0: Height of the slide.
+        side_px0: Side of a square.
+        stride_px0: Distance between neighbours, rounded up to a whole pixel; by default the side: no square overlaps.
+    """
+    whole_px0 = math.ceil(side_px0 * (1.0 - _TOLERANCE))
+    pitch_px0 = whole_px0 if stride_px0 is None else math.ceil(stride_px0 * (1.0 - _TOLERANCE))
+    columns, left_px0 = _laid(width_px0, whole_px0, pitch_px0)
+    rows, top_px0 = _laid(height_px0, whole_px0, pitch_px0)
     return Grid(columns, rows, left_px0, top_px0, pitch_px0, side_px0, width_px0, height_px0)
+
+
+def _laid(length_px0: int, side_px0: int, pitch_px0: int) -> tuple[int, int]:
+    """How many squares lie side by side in a length, and where the first begins."""
+    count = max(0, (length_px0 - side_px0) // pitch_px0 + 1)
+    taken_px0 = (count - 1) * pitch_px0 + side_px0 if count else 0
+    return count, (length_px0 - taken_px0) // 2
 
 
 def integral(mask_HW: NDArray[np.bool_]) -> NDArray[np.int32]:

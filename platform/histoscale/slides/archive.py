@@ -127,20 +127,26 @@ def describe_slides(source: Source, key: bytes, tables: Sequence[Sidecar], patte
     return Archive(source.store.uri, {slide_id(key, slide.path): slide for slide in wanted}, mpp, strata, key)
 
 
-def read_tables(source: Source, sidecar: str | None, strata: str | None) -> list[Sidecar]:
+def read_tables(source: Source, sidecar: str | None, strata: Sequence[str], key: bytes | None = None) -> list[Sidecar]:
     """The CSV files about the slides, the most trusted first: `strata`, then `sidecar` or slides.csv beside the slides.
+
+    Args:
+        source: The slides.
+        sidecar: URI of the sidecar.
+        strata: URIs of tables of strata.
+        key: The id key, where slides have ids already by which tables may name them.
 
     Raises:
         SlideIndexError: A file that was named is not there, or has faults.
         StorageError: One cannot be read.
     """
-    tables = []
-    if strata is not None:
-        tables.append(read_sidecar(read_csv(strata, "the CSV of --strata"), source.slides, "the CSV of --strata"))
+    ids = {} if key is None else {slide_id(key, slide.path): slide.path for slide in source.slides}
+    what = "the CSV of --strata"
+    tables = [read_sidecar(read_csv(uri, what), source.slides, what, ids) for uri in strata]
     if sidecar is not None:
-        tables.append(read_sidecar(read_csv(sidecar, "the sidecar CSV"), source.slides))
+        tables.append(read_sidecar(read_csv(sidecar, "the sidecar CSV"), source.slides, ids=ids))
     elif source.store.exists(DEFAULT_SIDECAR):
-        tables.append(read_sidecar(source.store.get(DEFAULT_SIDECAR), source.slides))
+        tables.append(read_sidecar(source.store.get(DEFAULT_SIDECAR), source.slides, ids=ids))
     return tables
 
 

@@ -25,7 +25,7 @@ from histoscale.slides.commit import commit
 from histoscale.slides.examine import EXAMINATION_VERSION, NO_TISSUE, examine
 from histoscale.slides.external_sort import SlideSorter
 from histoscale.slides.gather import Gathering, forget_pending
-from histoscale.slides.identity import index_key
+from histoscale.slides.identity import KEY_OBJECT, index_key
 from histoscale.slides.index import RefusedSlide, write_refused
 from histoscale.slides.opening import open_located
 from histoscale.slides.pending import Spill
@@ -64,7 +64,7 @@ def build_index(
     out_uri: str,
     *,
     sidecar: str | None = None,
-    strata: str | None = None,
+    strata: Sequence[str] = (),
     pattern: str | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     connect: Callable[[], None] | None = None,
@@ -79,7 +79,7 @@ def build_index(
         slides_uri: Where the slides are; the root that slide ids are relative to (for one file: its folder).
         out_uri: Where the index goes.
         sidecar: A CSV `slide,mpp` and strata; by default `slides.csv` of `slides_uri`, where there is one.
-        strata: A CSV `slide` and strata; wins over the sidecar.
+        strata: CSV files `slide` and strata; the first that says something wins, and all over the sidecar.
         pattern: A regular expression on paths whose named groups are strata.
         cache_bytes: Disk of a node for copies of remote slides, which its readers share.
         connect: Joins the cluster; called once the inputs are checked, and only where there are slides to examine.
@@ -91,8 +91,9 @@ def build_index(
     """
     parsed = None if pattern is None else parse_pattern(pattern)
     source = list_slides(slides_uri)
-    tables = read_tables(source, sidecar, strata)
     out = open_store(out_uri)
+    has_ids = protected(out).exists(KEY_OBJECT)
+    tables = read_tables(source, sidecar, strata, index_key(protected(out)) if has_ids else None)
     refuse_strangers(out)
     archive = describe_slides(source, index_key(protected(out)), tables, parsed)
     with tempfile.TemporaryDirectory(prefix="histoscale-sort-") as folder:

@@ -18,7 +18,7 @@ COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
 
 _EXPECTED = (
     f"columns slide and mpp, patient or up to {MAX_STRATA} strata such as site; slide = file name or path relative to "
-    "SLIDES, mpp in um/px"
+    "SLIDES, or id, mpp in um/px"
 )
 
 
@@ -45,19 +45,25 @@ class Withdrawn:
     patients: tuple[str, ...] = field(repr=False)
 
 
-def read_sidecar(data: bytes, slides: Sequence[LocatedSlide], what: str = "the sidecar CSV") -> Sidecar:
+def read_sidecar(
+    data: bytes,
+    slides: Sequence[LocatedSlide],
+    what: str = "the sidecar CSV",
+    ids: Mapping[str, str] | None = None,
+) -> Sidecar:
     """Scales and strata of slides.
 
     Args:
         data: The CSV, UTF-8, with a header: `slide` (file name or path) and any of `mpp`, `patient` and strata.
         slides: The slides that it may name.
         what: What diagnoses call the file.
+        ids: Slide id -> path, where slides may be named by their ids, too.
 
     Raises:
         SlideIndexError: Every fault of the file at once, each with its line.
     """
     table = _Table(data, what, _EXPECTED)
-    paths = _paths_by_name(slides)
+    paths = {name: [path] for name, path in (ids or {}).items()} | _paths_by_name(slides)
     found = Sidecar(columns=tuple(name for name in table.columns if name not in (SLIDE, MPP, PATIENT)))
     table.check_header(_sidecar_header_faults(table.columns, found.columns))
     given: set[str] = set()
