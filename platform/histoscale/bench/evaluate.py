@@ -39,6 +39,7 @@ _SETTINGS = (
     f"batch.tiles={_TILES}",
     f"schedule.images={_STEPS * _TILES}",
     "checkpoint.every_steps=50",
+    "cluster.workers=1",
     "cluster.cpus_per_worker=1",
 )
 
@@ -124,7 +125,9 @@ def _separate(evaluation: psutil.Process) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             title = " ".join(process.cmdline())
             place = cores[:1] if "RayTrainWorker" in title else cores[2:] or cores[1:]
-            process.cpu_affinity(cores[1:2] if process.pid == evaluation.pid else place)
+            for thread in process.threads():  # each has its own cores, which only threads that it starts inherit
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(thread.id, cores[1:2] if process.pid == evaluation.pid else place)
 
 
 def _done(run: Path) -> int:

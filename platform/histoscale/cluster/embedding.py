@@ -236,8 +236,8 @@ class _Work:
         named = "; ".join(f"{each.slide_id}: {each.reason}" for each in bad[:_SHOWN])
         raise EmbeddingError(
             f"{len(bad)} of {self.progress.total} slides cannot be embedded: {named}",
-            expected=f"at most {self._allowed} (--max-bad-slides and --max-bad-share)",
-            remedy="repair these slides and index them again, or raise the bounds; the same command goes on",
+            expected=f"at most {self._allowed}, the lower of --max-bad-slides and a twentieth of the slides",
+            remedy="repair these slides and index them again, or leave them out with --slides or --where; the same command goes on",
         )
 
 
