@@ -40,4 +40,4 @@ bench: install
 	$(BIN)/python -m histoscale.bench $(NAME)
 
 clean:
-	rm -rf $(VENV) .swift-venv quickstart-run build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .swift-venv .mlflow-venv quickstart-run build .mypy_cache .pytest_cache .ruff_cache

@@ -134,7 +134,7 @@ def test_a_fork_succeeds_a_dead_driver_and_begins_from_a_checkpoint_under_anothe
 
 
 def test_the_report_tells_of_the_restart_and_of_every_tile_of_every_slide(index: Path, killed_run: Path) -> None:
-    done = run_directly("report.py", "--run", str(killed_run))
+    done = run_directly("report.py", str(killed_run))
     assert done.returncode == 0, done.stderr
     assert re.search(rf"^{STEPS} committed steps, goodput [1-9]", done.stdout)
     assert "1 restarts" in done.stdout
@@ -146,12 +146,12 @@ def test_the_report_tells_of_the_restart_and_of_every_tile_of_every_slide(index:
         assert as_documented(line, wanted) == wanted
     tiles = 0
     for row in range(len(catalogue := open_catalogue(str(index)))):
-        done = run_directly("report.py", "--run", str(killed_run), "--slide", catalogue.slide_id(row))
+        done = run_directly("report.py", str(killed_run), "--slide", catalogue.slide_id(row))
         assert done.returncode == 0, done.stderr
         tiles += int(re.search(r": ([\d,]+) tiles in", done.stdout)[1].replace(",", ""))  # type: ignore[index]
         assert f"checkpoint of step {STEPS}: has seen it" in done.stdout
     assert tiles == STEPS * TILES
-    assert run_directly("report.py", "--run", str(killed_run), "--slide", "0" * 32).returncode == 2
+    assert run_directly("report.py", str(killed_run), "--slide", "0" * 32).returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_the_page_stands_alone_and_names_nothing(store: Store) -> None:
     assert html.count("<figure>") == 2
     assert '<td>slide is &lt;torn&gt;</td><td class="n">2</td>' in html
     assert NAME not in html
-    assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|<script", html)
+    assert not re.search(r"(src|href)=\"(?!data:|#)|@import|url\(|<script", html)
 
 
 def test_an_index_without_strata_and_pictures_has_a_page_too(tmp_path: Path) -> None:

@@ -285,8 +285,8 @@ def test_spikes_get_their_pages_and_the_report_links_them(run: Store, index: Sto
     write_report(store, recipe_of(), latest_commit(store))
     page = store.get("report.html").decode()
     assert '<a href="steps/step-25.html">page</a>' in page
-    assert "step 25: total 45" in page
-    assert f"python jobs/report.py --run {store.uri} --step N" in page
+    assert "step 25\ntotal: 45" in page
+    assert f"python jobs/report.py {store.uri} --step N" in page
     store.delete("steps/step-25.html")
     write_report(store, recipe_of(), latest_commit(store))
     assert "<code>--step 25</code>" in store.get("report.html").decode()

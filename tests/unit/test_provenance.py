@@ -76,3 +76,32 @@ def test_the_package_itself_is_what_is_recorded_by_default(tmp_path: Path) -> No
     with zipfile.ZipFile(archive) as kept:
         assert "histoscale/train/step.py" in kept.namelist()
     assert provenance._PACKAGE.name == "histoscale"
+
+
+def test_a_dirty_tree_is_recorded_with_its_difference_and_nothing_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = {"AWS_SECRET_ACCESS_KEY": "s3cr3t-of-aws", "MLFLOW_TRACKING_PASSWORD": "s3cr3t-of-mlflow"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    package = write(tmp_path / "histoscale", "x = 1\n")
+    (package / ".env").write_text("TOKEN=s3cr3t-in-a-file\n")
+    git(package, "init", "-q")
+    git(package, "add", "part", "notes.txt")
+    git(package, "commit", "-qm", "one")
+    git(package, "remote", "add", "origin", "https://user:s3cr3t-of-git@example.invalid/a.git")
+    write(package, "x = 2\n")
+    (package / "new.py").write_text("y = 3\n")
+    git(package, "add", "new.py")
+    store = open_store(tmp_path / "run")
+    record = json.loads(store.get(record_provenance(store, package)))
+    assert "-x = 1\n+x = 2" in record["git"]["difference"]
+    assert "+y = 3" in record["git"]["difference"]
+    for path in (tmp_path / "run").rglob("*"):
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as kept:
+                assert kept.namelist() == ["histoscale/new.py", "histoscale/part/a.py"]
+                written = b"".join(map(kept.read, kept.namelist()))
+        else:
+            written = path.read_bytes() if path.is_file() else b""
+        assert b"s3cr3t" not in written

@@ -29,11 +29,13 @@ from histoscale.cluster.run_folder import (
     start_run,
 )
 from histoscale.cluster.segments import next_segments, out_from, read_segments, write_segments
+from histoscale.cluster.tracking import tracked
 from histoscale.cluster.watching import Watched
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, HistoscaleError, StorageError
 from histoscale.evaluate.datasets import open_dataset
 from histoscale.models.published import describe_published, load_for
+from histoscale.observe.mlflow_sink import require_client
 from histoscale.observe.run_report import write_report
 from histoscale.observe.timeline import Event, Kind, Timeline
 from histoscale.sampling.plan import Plan
@@ -96,8 +98,10 @@ def check_request(request: PretrainRequest) -> CheckedRequest:
 
     Raises:
         HistoscaleError: The index cannot be read, no slide serves a magnification, the parent, the frozen teacher, the
-            published weights or a dataset of the evaluation cannot be used, or the run folder is another's.
+            published weights or a dataset of the evaluation cannot be used, the run folder is another's, or MLflow's
+            client is not installed.
     """
+    require_client(request.recipe.tracking)
     store = open_store(request.run_uri)
     # A run keeps to the snapshot that it began with, however the index has grown since.
     catalogue = open_catalogue(request.index_uri, recorded_snapshot(store))
@@ -151,7 +155,11 @@ def pretrain(checked: CheckedRequest, tell: Callable[[str], None]) -> PretrainOu
     """
     stored = read_run(checked.store)
     device = resolve_device(checked.request.recipe.cluster, (stored or checked.request.recipe).precision)
-    with Lease(checked.store, checked.request.holder) as lease:
+    tracking = checked.request.recipe.tracking
+    with (
+        Lease(checked.store, checked.request.holder) as lease,
+        tracked(checked.store, tracking, tell, lost=lambda: lease.lost),
+    ):
         while True:
             start = committed_step(checked.store)
             try:

@@ -78,7 +78,8 @@ def check_same_experiment(store: Store, recipe: Recipe, stored: Recipe, snapshot
         raise RunError(
             f"run {store.uri} was started with another recipe",
             value="; ".join(differences(recipe, stored)),
-            expected="the recipe that the run records (only `on_alarm`, `evaluation` and `cluster` may change)",
+            expected="the recipe that the run records (only `on_alarm`, `evaluation`, `tracking` and `cluster` may "
+            "change)",
             remedy="undo these changes to resume, or give a new --out to start another run",
         )
     recorded = recorded_snapshot(store)

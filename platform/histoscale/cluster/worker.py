@@ -146,6 +146,9 @@ def _lead(spec: WorkerSpec, trainer: Trainer, feed: RankFeed, start: int) -> Non
                 timeline.tell(Event(Kind.COMMIT, time.time(), committed.step, workers, stall_s=stalled_s))
                 stalled_s = 0.0
             notes = [_warning(spec, store, ring) for ring in alarms.update({"step": step, **values})]
+            for note in notes:
+                said = note.removeprefix("warning: ")
+                timeline.tell(Event(Kind.ALARM, time.time(), step + 1, dist.get_world_size(), said))
             if notes and spec.recipe.on_alarm == "stop":
                 alarm = alarm or notes[0]
             if committed:

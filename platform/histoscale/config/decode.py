@@ -16,7 +16,7 @@ from histoscale.config.recipe import Recipe
 from histoscale.errors import RecipeError
 
 # What a run is looked at with, and what it runs on, are no part of the experiment: a run may resume with others.
-OUTSIDE_THE_FINGERPRINT = ("on_alarm", "evaluation", "cluster")
+OUTSIDE_THE_FINGERPRINT = ("on_alarm", "evaluation", "tracking", "cluster")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -84,7 +84,8 @@ def recorded_recipe(data: bytes, source: str) -> Recipe:
     try:
         values = parse_yaml(data, source)
         # A file that was cut short would be another recipe: what it lacks has defaults.
-        missing = sorted(set(Recipe.model_fields) - set(values))
+        # Runs of earlier versions have no `tracking`; a file that was cut short lacks what comes after it, too.
+        missing = sorted(set(Recipe.model_fields) - set(values) - {"tracking"})
         if missing:
             raise RecipeError(f"{source} is incomplete", value=f"no {missing[0]}", expected="every section of a recipe")
         return decode_recipe(values, source=source)
@@ -129,12 +130,17 @@ def fingerprint(recipe: Recipe) -> str:
 
 def differences(ours: Recipe, theirs: Recipe) -> list[str]:
     """The fields of the experiment that differ, as `field: ours != theirs`."""
-    left, right = (_flatten(recipe.model_dump(mode="json")) for recipe in (ours, theirs))
+    left, right = (flat_fields(recipe) for recipe in (ours, theirs))
     return [
         f"{name}: {left.get(name)!r} != {right.get(name)!r}"
         for name in sorted({*left, *right})
         if left.get(name) != right.get(name) and name.partition(".")[0] not in OUTSIDE_THE_FINGERPRINT
     ]
+
+
+def flat_fields(recipe: Recipe) -> dict[str, Any]:
+    """Every field as `section.field` -> value, as JSON knows them."""
+    return _flatten(recipe.model_dump(mode="json"))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from histoscale.config.archs import ARCHS
-from histoscale.config.running import CheckpointSection, ClusterSection, EvaluationSection, StreamSection
+from histoscale.config.running import (
+    CheckpointSection,
+    ClusterSection,
+    EvaluationSection,
+    StreamSection,
+    TrackingSection,
+)
 from histoscale.config.section import Count, Decay, NonNegative, Positive, Probability, Section, Share
 
 Scale = Annotated[float, Field(ge=0.05, le=20.0)]
@@ -267,7 +273,7 @@ class ScheduleSection(Section):
 
 
 class Recipe(Section):
-    """Everything that defines a run, and (in `evaluation` and `cluster`) how it is looked at and what it runs on."""
+    """All that defines a run; in `evaluation`, `tracking` and `cluster`, how it is looked at and what it runs on."""
 
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -285,6 +291,7 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     stream: StreamSection = StreamSection()
     evaluation: EvaluationSection = EvaluationSection()
+    tracking: TrackingSection = TrackingSection()
     cluster: ClusterSection = ClusterSection()
 
     @property

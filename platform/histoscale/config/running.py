@@ -1,6 +1,7 @@
 """The sections of a recipe on how a run goes: what is kept, what is borne, and what it runs on."""
 
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -39,6 +40,25 @@ class StreamSection(Section):
 
     max_bad_slides: Annotated[int, Field(ge=0)] = 1000
     max_bad_share: Probability = 0.05
+
+
+class TrackingSection(Section):
+    """Who else is told of the run; may change when a run resumes."""
+
+    mlflow: str | None = None  # URI of a tracking server, which is told of each commit
+    experiment: str = "histoscale"  # of MLflow, in which the run stands
+
+    @model_validator(mode="after")
+    def _is_a_server(self) -> Self:
+        parts = urlsplit(self.mlflow or "http://server")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"mlflow must be the http(s):// URI of a tracking server, got {self.mlflow!r}")
+        if parts.username or parts.password:
+            raise ValueError(
+                "mlflow must name no user and no password, as recipes are recorded: set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD where the job runs"
+            )
+        return self
 
 
 class ClusterSection(Section):

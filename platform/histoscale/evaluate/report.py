@@ -13,6 +13,7 @@ from histoscale.evaluate.metrics import BALANCED_ACCURACY
 from histoscale.evaluate.probes import PROBES
 from histoscale.evaluate.table import WIDTH, figures_table, robustness_table
 from histoscale.storage import Store
+from histoscale.storage.json_object import decode_json
 
 FORMAT_VERSION = 2
 FOLDER = "evaluations"
@@ -171,15 +172,21 @@ def decode(data: bytes) -> EvaluationReport:
     """The report that a JSON text holds.
 
     Raises:
-        DatasetError: It was written by another version.
+        DatasetError: It is damaged, or was written by another version.
     """
-    values = json.loads(data)
+    return decode_json(
+        data,
+        _decoded,
+        kind=DatasetError,
+        what="an evaluation is damaged, or was written by another version of histoscale",
+        expected=f"format {FORMAT_VERSION}",
+        remedy="evaluate the run again",
+    )
+
+
+def _decoded(values: dict[str, Any]) -> EvaluationReport:
     if values.pop("format", None) != FORMAT_VERSION:
-        raise DatasetError(
-            "an evaluation was written by another version of histoscale",
-            expected=f"format {FORMAT_VERSION}",
-            remedy="evaluate the run again",
-        )
+        raise ValueError("another format")
     del values["protocol"]
     for item in values["figures"]:
         del item["mean"], item["std"]

@@ -197,6 +197,17 @@ def _phase_after(kind: Kind, before: Phase) -> Phase:
     return Phase.STARTING if kind is Kind.START else before
 
 
+def worker_s(events: Sequence[Event]) -> float:
+    """Seconds for which workers were there to train, added up over the workers; waiting counts, starting does not."""
+    total_s, workers, since_s = 0.0, 0, 0.0
+    for event in events:
+        if event.kind is Kind.RESUME or event.kind is Kind.START or event.kind in (*DOWNS, *ENDS):
+            silent_s = (event.restart_s or 0.0) if event.kind is Kind.RESUME else 0.0
+            total_s += workers * max(0.0, event.time_s - silent_s - since_s)
+            workers, since_s = (event.workers if event.kind is Kind.RESUME else 0), event.time_s
+    return total_s + (workers * (events[-1].time_s - since_s) if events else 0.0)
+
+
 def _restarts(events: Sequence[Event]) -> tuple[Restart, ...]:
     found: list[Restart] = []
     trained, down = False, None

@@ -44,7 +44,7 @@ def picture_sections(store: Store, metrics: Sequence[Mapping[str, float]]) -> li
 
 
 def _spikes(store: Store, spikes: Sequence[Spike]) -> str:
-    command = f"python jobs/report.py --run {shlex.quote(store.uri)} --step N"
+    command = f"python jobs/report.py {shlex.quote(store.uri)} --step N"
     way = (
         "<p>A curve tells its steps when the pointer rests on it. This command shows the tiles of any of them, with "
         f"their slides and places:</p><pre>{escape(command)}</pre>"

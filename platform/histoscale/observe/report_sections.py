@@ -2,24 +2,28 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from histoscale.checkpoint.manifest import Commit
 from histoscale.config.recipe import Recipe
-from histoscale.errors import DatasetError
-from histoscale.evaluate.figures import PRETRAINED, UNTRAINED
+from histoscale.errors import DatasetError, RunError
+from histoscale.evaluate.figures import BASELINES, PRETRAINED, UNTRAINED, Figure
 from histoscale.evaluate.intervals import Interval
 from histoscale.evaluate.metrics import BALANCED_ACCURACY
+from histoscale.evaluate.probes import PROBES
 from histoscale.evaluate.report import FOLDER, EvaluationReport, decode
-from histoscale.observe.report_curves import line_chart
+from histoscale.observe.report_curves import Axes, line_chart
+from histoscale.observe.wording import percent, percents, points
 from histoscale.storage import Store
+from histoscale.storage.json_object import read_json, text_of
 
 _INDEX_KEY, _ORIGINS_KEY, _PROVENANCE = "index.json", "origins.json", "provenance"
 _PACKAGES = ("torch", "deepspeed", "ray")
 
 Cells = Sequence[str]
+_ON_ONE_LINE = 22
 
 
 def what_ran(store: Store, recipe: Recipe) -> str:
@@ -32,28 +36,33 @@ def what_ran(store: Store, recipe: Recipe) -> str:
         ("batch", f"{batch.replicas} replicas of {batch.per_replica} tiles, ZeRO {recipe.cluster.zero_stage}"),
         ("magnifications, by weight", mix),
     ]
-    if store.exists(_INDEX_KEY):
-        index = json.loads(store.get(_INDEX_KEY))
-        rows.append(("index", f"{index['index']}, snapshot {index['snapshot_id']}"))
+    index = read_index(store)
+    if index is not None:
+        rows.append(("index", f"{index[0]}, snapshot {index[1]}"))
     if store.exists(_ORIGINS_KEY):
         rows += [("learns from", line) for line in json.loads(store.get(_ORIGINS_KEY))]
     rows += [("code", line) for line in _code(store)]
-    return _table(rows)
+    return text_table(rows)
 
 
-def evaluations(store: Store) -> list[tuple[str, str]]:
-    """For each dataset a heading, the newest figures, and their curve over the steps."""
+def read_reports(store: Store) -> dict[str, list[EvaluationReport]]:
+    """The evaluations of a run by the name of the dataset, steps ascending; those of another version are left out."""
     by_dataset: dict[str, list[EvaluationReport]] = {}
     for info in store.list(FOLDER):
         if info.key.endswith(".json") and "-step-" in info.key:
             try:
                 report = decode(store.get(info.key))
-            except DatasetError:  # of another version: evaluating again would overwrite it
+            except DatasetError:  # evaluating again would overwrite it
                 continue
             by_dataset.setdefault(report.dataset, []).append(report)
+    return dict(sorted(by_dataset.items()))
+
+
+def evaluations(by_dataset: Mapping[str, Sequence[EvaluationReport]]) -> list[tuple[str, str]]:
+    """For each dataset a heading, the newest figures, and their curve over the steps."""
     return [
         (f"Evaluation on {escape(name)}, step {reports[-1].step:,}", _evaluation(reports))
-        for name, reports in sorted(by_dataset.items())
+        for name, reports in by_dataset.items()
     ]
 
 
@@ -62,12 +71,12 @@ def quarantined(commit: Commit | None) -> str:
     if commit is None or not commit.quarantine:
         return "<p>Every slide could be read.</p>"
     heads = ("slide", "from step", "why")
-    return _table([(one.slide_id, f"{one.step:,}", one.reason) for one in commit.quarantine], heads)
+    return text_table([(one.slide_id, f"{one.step:,}", one.reason) for one in commit.quarantine], heads)
 
 
 def how_to_go_on(store: Store, recipe: Recipe, committed: int) -> str:
     """The commands that continue, evaluate and export the run."""
-    index = json.loads(store.get(_INDEX_KEY))["index"] if store.exists(_INDEX_KEY) else "INDEX"
+    index = (read_index(store) or ("INDEX", ""))[0]
     run = shlex.quote(store.uri)
     lines = [f"python jobs/export.py --run {run} --format timm --out DIR"]
     lines.insert(0, f"python jobs/evaluate.py --run {run} --dataset DIR")
@@ -81,40 +90,61 @@ def how_to_go_on(store: Store, recipe: Recipe, committed: int) -> str:
 
 def _evaluation(reports: Sequence[EvaluationReport]) -> str:
     newest = reports[-1]
-    heads = ("probe", "embedding", "balanced accuracy", "95 %", "untrained", "gain over untrained", "over colour")
+    others = dict.fromkeys((*BASELINES, *(gain.baseline for gain in newest.gains)))
+    heads = ("probe", "embedding", "balanced accuracy", "95 %", "untrained", *(f"gain over {name}" for name in others))
     rows = []
-    for figure in newest.figures:
-        if (figure.features, figure.metric) != (PRETRAINED, BALANCED_ACCURACY):
-            continue
+    for figure in accuracies(newest):
         gains = {
-            gain.baseline: f"{100 * gain.difference:+.1f} ({_interval(gain.interval)})"
+            gain.baseline: f"{points(gain.difference)} ({percents(gain.interval)})"
             for gain in newest.gains
             if (gain.embedding, gain.probe, gain.metric) == (figure.embedding, figure.probe, BALANCED_ACCURACY)
         }
         untrained = newest.figure(UNTRAINED, figure.probe, embedding=figure.embedding)
         rows.append(
             (
-                figure.probe,
+                probe_title(figure.probe),
                 figure.embedding,
-                f"{100 * figure.mean:.1f} %",
-                _interval(figure.interval),
-                f"{100 * untrained.mean:.1f} %",
-                *gains.values(),
+                percent(figure.mean),
+                percents(figure.interval),
+                percent(untrained.mean),
+                *(gains.get(name, "") for name in others),
             )
         )
     chance = 1.0 / len(newest.counts)
     text = (
-        f"<p>{sum(newest.counts.values()):,} tiles, {len(newest.counts)} classes, chance {chance:.1%}; "
+        f"<p>{sum(newest.counts.values()):,} tiles, {len(newest.counts)} classes, chance {percent(chance)}; "
         f"{escape(newest.division)}. Where the interval of a gain holds 0, the gain is not established.</p>"
     )
-    curves = {
-        f"{probe}": [
-            (float(each.step), each.figure(PRETRAINED, probe).mean) for each in reports if probe in each.probes
-        ]
-        for probe in newest.probes
-    }
     notes = "".join(f"<p>{escape(note)}</p>" for note in newest.notes)
-    return _table(rows, heads) + text + notes + (line_chart(curves) if len(reports) > 1 else "") + _robustness(newest)
+    return text_table(rows, heads) + text + notes + accuracy_curves({"": reports}) + _robustness(newest)
+
+
+def accuracies(report: EvaluationReport) -> Iterator[Figure]:
+    """The balanced accuracies of the pretrained network."""
+    for figure in report.figures:
+        if (figure.features, figure.metric) == (PRETRAINED, BALANCED_ACCURACY):
+            yield figure
+
+
+def accuracy_curves(by_run: Mapping[str, Sequence[EvaluationReport]], over_tiles: bool = False) -> str:
+    """Balanced accuracy by each probe with its intervals, over steps or over tiles seen.
+
+    Args:
+        by_run: Name of the run for the legend, empty for none -> its reports on one dataset.
+        over_tiles: Whether to draw over tiles seen, by which runs of different batches compare.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    intervals: dict[str, dict[float, Interval]] = {}
+    for run, reports in by_run.items():
+        for report in reports:
+            place = float(report.images_seen if over_tiles else report.step)
+            first = {figure.probe: figure for figure in reversed(tuple(accuracies(report)))}
+            for probe, figure in first.items():
+                name = " ".join(filter(None, (run, probe_title(probe))))
+                series.setdefault(name, []).append((place, figure.mean))
+                intervals.setdefault(name, {})[place] = figure.interval
+    axes = Axes("tiles seen" if over_tiles else "step", "balanced accuracy, with 95 % intervals", percent=True)
+    return line_chart(series, axes, intervals)
 
 
 def _robustness(report: EvaluationReport) -> str:
@@ -124,25 +154,74 @@ def _robustness(report: EvaluationReport) -> str:
             each.features,
             each.embedding,
             f"{each.index:.3f}",
-            _interval(each.index_interval),
-            f"{each.center_accuracy:.1%}",
-            _interval(each.center_interval),
-            f"{each.center_chance:.1%}",
+            f"{each.index_interval[0]:.3f} to {each.index_interval[1]:.3f}",
+            percent(each.center_accuracy),
+            percents(each.center_interval),
+            percent(each.center_chance),
         )
         for each in report.robustness
     ]
-    return _table(rows, heads) if rows else ""
+    return text_table(rows, heads) if rows else ""
+
+
+def read_provenance(store: Store) -> list[dict[str, Any]]:
+    """What a run records of the code that trained it: a record for each different code.
+
+    Raises:
+        RunError: A record is damaged.
+    """
+    return [_record(store, info.key) for info in store.list(_PROVENANCE) if info.key.endswith(".json")]
+
+
+def _record(store: Store, key: str) -> dict[str, Any]:
+    def decoded(values: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever the file holds
+        record = {name: text_of(values[name]) for name in ("source_sha256", "python", "platform")}
+        git = values.get("git")
+        told = {"commit": text_of(git["commit"]), "difference": text_of(git["difference"])} if git else None
+        return {**record, "packages": {name: text_of(at) for name, at in values["packages"].items()}, "git": told}
+
+    return read_json(
+        store,
+        key,
+        decoded,
+        kind=RunError,
+        what=f"{key} of run {store.uri} is damaged",
+        expected="the code and the packages that trained the run",
+        remedy=f"delete {key}: only the report knows less without it",
+    )
+
+
+def read_index(store: Store) -> tuple[str, str] | None:
+    """URI and snapshot of the index of a run; None where it records none.
+
+    Raises:
+        RunError: The record is damaged.
+    """
+    if not store.exists(_INDEX_KEY):
+        return None
+    return read_json(
+        store,
+        _INDEX_KEY,
+        lambda values: (text_of(values["index"]), text_of(values["snapshot_id"])),
+        kind=RunError,
+        what=f"{_INDEX_KEY} of run {store.uri} is damaged",
+        expected="the index of the run and its snapshot",
+        remedy="restore it as the run wrote it",
+    )
+
+
+def code_line(record: Mapping[str, Any]) -> str:
+    """The code of a record of provenance: its hash, and its commit where it is known."""
+    git = record.get("git")
+    at = f", commit {git['commit'][:12]}{' and changes' if git['difference'] else ''}" if git else ""
+    return f"source {record['source_sha256'][:12]}{at}"
 
 
 def _code(store: Store) -> list[str]:
     lines = []
-    for info in store.list(_PROVENANCE):
-        if info.key.endswith(".json"):
-            record: dict[str, Any] = json.loads(store.get(info.key))
-            packages = ", ".join(f"{name} {record['packages'].get(name, 'unknown')}" for name in _PACKAGES)
-            git = record.get("git")
-            at = f", commit {git['commit'][:12]}{' and changes' if git['difference'] else ''}" if git else ""
-            lines.append(f"source {record['source_sha256'][:12]}{at}, Python {record['python']}, {packages}")
+    for record in read_provenance(store):
+        packages = ", ".join(f"{name} {record['packages'].get(name, 'unknown')}" for name in _PACKAGES)
+        lines.append(f"{code_line(record)}, Python {record['python']}, {packages}")
     return lines
 
 
@@ -150,11 +229,17 @@ def _mpp(mpp: float | tuple[float, float]) -> str:
     return f"{mpp[0]:g} to {mpp[1]:g}" if isinstance(mpp, tuple) else f"{mpp:g}"
 
 
-def _interval(interval: Interval) -> str:
-    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+def probe_title(probe: str) -> str:
+    """The name of a probe for people."""
+    return PROBES[probe].title if probe in PROBES else probe
 
 
-def _table(rows: Sequence[Cells], heads: Cells = ()) -> str:
+def text_table(rows: Sequence[Cells], heads: Cells = ()) -> str:
+    """A table of texts."""
     head = "<tr>" + "".join(f"<th>{escape(name)}</th>" for name in heads) + "</tr>" if heads else ""
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f"<table>{head}{body}</table>"
+
+
+def _cell(text: str) -> str:
+    return f"<td{' class=s' if len(text) <= _ON_ONE_LINE else ''}>{escape(text)}</td>"

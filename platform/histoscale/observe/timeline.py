@@ -37,6 +37,8 @@ class Kind(Enum):
     CRASH = "crash"
     RESTART = "restart"
     COMMIT = "commit"
+    ALARM = "alarm"
+    """An alarm has rung; its reason is what it says."""
     STOP = "stop"
     """The job has ended before the run."""
     END = "end"
