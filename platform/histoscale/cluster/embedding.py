@@ -237,7 +237,7 @@ class _Work:
         raise EmbeddingError(
             f"{len(bad)} of {self.progress.total} slides cannot be embedded: {named}",
             expected=f"at most {self._allowed}, the lower of --max-bad-slides and a twentieth of the slides",
-            remedy="repair these slides and index them again, or leave them out with --slides or --where; the same command goes on",
+            remedy="repair and index them again, or leave them out with --slides or --where; the same command goes on",
         )
 
 
