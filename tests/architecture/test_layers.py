@@ -16,7 +16,7 @@ LAYERS = [
     {"slides", "sampling"},
     {"models", "objectives", "augment"},
     {"stream", "checkpoint", "train", "evaluate", "export", "observe"},
-    {"cluster", "bench"},
+    {"cluster", "sweeps", "bench"},
 ]
 MAY_IMPORT_RAY = {"stream", "cluster", "slides/build.py", "bench"}
 NEVER_TORCH = {"errors", "units", "seeding", "config", "storage", "slides", "sampling"}
