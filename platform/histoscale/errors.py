@@ -14,6 +14,7 @@ HistoscaleError
 │   └── NonFiniteError a loss or a gradient that is no number
 ├── DatasetError       a labelled dataset that is incomplete
 ├── ExportError        an export that cannot be made or proven
+├── SweepError         finished runs that cannot answer a sweep's question
 └── ClusterError       a cluster or a job that cannot be used
 """
 
@@ -143,6 +144,10 @@ class DatasetError(HistoscaleError):
 
 class ExportError(HistoscaleError):
     """An export that cannot be made, or whose equality cannot be shown."""
+
+
+class SweepError(HistoscaleError):
+    """Finished runs that cannot answer a sweep's question: too few, all alike, or diverged."""
 
 
 class ClusterError(HistoscaleError):
