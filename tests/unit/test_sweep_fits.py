@@ -110,7 +110,7 @@ def coverage(datasets: int, resamples: int, noise: float) -> dict[str, float]:
 
 def test_intervals_hold_the_truth_in_most_simulated_sweeps() -> None:
     held = coverage(datasets=20, resamples=30, noise=0.02)
-    assert all(share >= 0.65 for share in held.values()), held
+    assert all(share >= 0.7 for share in held.values()), held
 
 
 @pytest.mark.slow
@@ -130,8 +130,12 @@ def test_intervals_hold_the_truth_about_as_often_as_the_guide_states() -> None:
         (curve(y_N=np.array([0.5, 0.0, *[0.3] * 6])), r"without any error has no logarithm \(got 'run1'"),
         (curve(chance=0.5), r"no better than guessing .*\(got 'run0'; expected an error below 0.5"),
         (
-            Points(("parameters", "images"), np.array([(a, b) for a in (1.0, 2.0) for b in (1.0, 2.0, 4.0)]),
-                   np.linspace(0.5, 0.2, 6), tuple("abcdef")),
+            Points(
+                ("parameters", "images"),
+                np.array([(a, b) for a in (1.0, 2.0) for b in (1.0, 2.0, 4.0)]),
+                np.linspace(0.5, 0.2, 6),
+                tuple("abcdef"),
+            ),
             "a power law in parameters needs more values",
         ),
     ],

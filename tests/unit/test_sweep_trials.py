@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.unit.test_sweep_spec import PRICE, ROOT, SCALING
 
 from histoscale.checkpoint.retention import Retention
 from histoscale.config.archs import ARCHS
@@ -19,7 +20,6 @@ from histoscale.sweeps.trial import Trial, trial_lines
 from histoscale.sweeps.trials import scaling_trials, with_rate
 from histoscale.train.flops import step_flops_per_tile
 from histoscale.train.schedules import schedules_at
-from tests.unit.test_sweep_spec import PRICE, ROOT, SCALING
 
 BASE: dict[str, Any] = yaml.safe_load((ROOT / "jobs/recipes/quickstart.yaml").read_text())
 CONSTANT = {

@@ -53,15 +53,12 @@ class _Axis:
         return math.log10(value) if self._log else value
 
 
-def chart(
-    series: Sequence[Series], x_title: str, y_title: str, *, log_x: bool = True, log_y: bool = False
-) -> str:
+def chart(series: Sequence[Series], x_title: str, y_title: str, *, log_x: bool = True, log_y: bool = False) -> str:
     """A chart; values that an axis cannot show (not finite, or not above 0 on a logarithmic one) are left out."""
 
     def shown(x: float, *ys: float) -> bool:
         return all(
-            math.isfinite(value) and (value > 0.0 or not log)
-            for value, log in ((x, log_x), *((y, log_y) for y in ys))
+            math.isfinite(value) and (value > 0.0 or not log) for value, log in ((x, log_x), *((y, log_y) for y in ys))
         )
 
     kept = [

@@ -1,4 +1,4 @@
-"""What follows from a fit: the best size for some work, equal-compute slices, and how well held-out runs are foretold."""
+"""What follows from a fit: the best size for some work, equal-compute slices, and a check on held-out runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

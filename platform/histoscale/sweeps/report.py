@@ -10,6 +10,7 @@ from histoscale.sweeps.charts import Series, chart
 from histoscale.sweeps.fits import Fit, Interval
 from histoscale.sweeps.rows import TrialRow
 from histoscale.sweeps.scaling import COMPUTE, ERROR, IMAGES, PARAMETERS, Law, ScalingFindings
+from histoscale.sweeps.search import SearchResult, search_results
 
 _CURVE_PLACES = 60
 _BEYOND = 3.0  # the curve goes on to so many times the largest run
@@ -47,8 +48,9 @@ def scaling_page(findings: ScalingFindings, rows: Sequence[TrialRow], name: str,
 
 
 def failed_and_all(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
-    """The last two sections of every sweep's report: what failed and why, and a table of all trials."""
+    """The last sections of every report: what a search found, what failed and why, and a table of all trials."""
     failed = [(row.name, row.reason) for row in rows if row.reason]
+    searched = [_search_line(each) for each in search_results(rows)]
     tasks = list(dict.fromkeys(task for row in rows for task in row.scores))
     heads = ["trial", "role", "images", "parameters", "FLOP", *tasks, "loss"]
     body = [
@@ -63,10 +65,26 @@ def failed_and_all(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
         ]
         for row in rows
     ]
+    heads_of_search = ["setting", "error when found", "error with other seeds", "95 %", "seeds"]
+    note = "<p>The error when found is of the best of many, and partly luck: look at the other seeds.</p>"
     return [
+        *([("Search", table(heads_of_search, searched) + note)] if searched else []),
         ("Failed trials", table(["trial", "reason"], failed) if failed else "<p>None.</p>"),
-        ("All trials", table(heads, body) + "<p>Scores are balanced accuracies. Losses of two runs with moving teachers "
-         "are not comparable: each run has a teacher of its own. The same table is in trials.csv and trials.parquet.</p>"),
+        (
+            "All trials",
+            table(heads, body) + "<p>Scores are balanced accuracies. Losses of two runs with moving teachers "
+            "are not comparable: each has its own. The same table is in trials.csv and trials.parquet.</p>",
+        ),
+    ]
+
+
+def _search_line(result: SearchResult) -> list[str]:
+    return [
+        ", ".join(f"{field}={value}" for field, value in result.settings.items()),
+        f"{result.found:.4f}",
+        "not repeated" if result.again is None else f"{result.again:.4f}",
+        "not known" if result.again_interval is None else bounds(result.again_interval, ".4f"),
+        str(result.seeds),
     ]
 
 
@@ -92,7 +110,9 @@ def _along_compute(findings: ScalingFindings, rows: Sequence[TrialRow]) -> str:
         series.append(_curve("fit through the runs that no cheaper run beats, 95 % of the curve", law.fit))
     if findings.check is not None:
         most = max((row.flops for row in rows if row.held_out), default=float("nan"))
-        series.append(Series("foretold for the held-out run", [(most, findings.check.predicted, "foretold")], hollow=True))
+        series.append(
+            Series("foretold for the held-out run", [(most, findings.check.predicted, "foretold")], hollow=True)
+        )
     note = "" if law is None or law.fit is not None else f"<p>No curve: {escape(law.refusal)}</p>"
     return chart(series, "FLOP since new weights", "error", log_y=True) + note
 
@@ -143,7 +163,11 @@ def _check(findings: ScalingFindings) -> str:
     if check is None:
         return f"<p>Not checked. {escape(findings.check_refusal)}</p>"
     rows = [
-        ["fit of the smaller runs", f"{check.predicted:.4g} ({bounds(check.predicted_interval)})", f"{check.error:.1%}"],
+        [
+            "fit of the smaller runs",
+            f"{check.predicted:.4g} ({bounds(check.predicted_interval)})",
+            f"{check.error:.1%}",
+        ],
         ["equal to the largest fitted run", f"{check.null:.4g}", f"{check.null_error:.1%}"],
     ]
     return (
@@ -168,7 +192,8 @@ def _laws(findings: ScalingFindings) -> str:
         rows.append([law.of, along, law.runs, offset, exponents])
     heads = ["what falls", "along", "runs", "what stays for ever", "exponents"]
     return table(heads, rows) + (
-        "<p>y = E + A / x^alpha. In brackets are 95 % intervals; docs/guides/sweeps.md says how often they were found to hold.</p>"
+        "<p>y = E + A / x^alpha. In brackets are 95 % intervals; docs/guides/sweeps.md says how often they were found "
+        "to hold.</p>"
     )
 
 
@@ -212,10 +237,10 @@ def _extrapolations(findings: ScalingFindings) -> str:
     ]
     heads = ["scale of", "parameters", "images", "FLOP", f"{price.gpu}-hours", "USD", "error by the fit"]
     return (
-        table(heads, rows)
-        + f"<p><b>Extrapolation.</b> Nothing of this was run. Hours are work over {price.mfu:.0%} of {price.peak_tflops:g} "
-        f"TFLOP/s, {price.usd_per_gpu_hour:g} USD each at the prices of {price.as_of}, both as the spec states them. The "
-        "interval knows the scatter of these runs alone: not other data, other crops, nor whether the law goes on.</p>"
+        table(heads, rows) + "<p><b>Extrapolation.</b> Nothing of this was run. Hours are work over "
+        f"{price.mfu:.0%} of {price.peak_tflops:g} TFLOP/s, {price.usd_per_gpu_hour:g} USD each at the prices of "
+        f"{price.as_of}, both as the spec states them. The interval knows the scatter of "
+        "these runs alone: not other data, other crops, nor whether the law goes on.</p>"
     )
 
 

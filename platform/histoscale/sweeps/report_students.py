@@ -40,8 +40,8 @@ def distillation_page(findings: DistillationFindings, rows: Sequence[TrialRow], 
 def _front_chart(findings: DistillationFindings, title: str) -> str:
     points = [(float(student.parameters), student) for student in findings.students]
     note = (
-        "<p>Filled points are on the Pareto front: no other student is at least as good in all of size, latency and what "
-        f"it keeps. What a student keeps is its balanced accuracy above chance over its teacher's, mean over the tasks; the "
+        "<p>Filled points are on the Pareto front: no other student is at least as good in all of size, latency and "
+        "what it keeps. That is its balanced accuracy above chance over its teacher's, mean over the tasks; the "
         f"teacher, {escape(findings.teacher.name)} with {findings.teacher.parameters:,} parameters, keeps 1. Beyond "
         f"{KEPT:.0%} a student counts as good as its teacher.</p>"
     )
@@ -65,7 +65,9 @@ def _series(points: Sequence[tuple[float, Student]]) -> list[Series]:
         if student.kept_interval is not None
     ]
     marks = [
-        Series(name, [(x, each.mean_kept, each.title) for x, each in points if each.on_front is front], hollow=not front)
+        Series(
+            name, [(x, each.mean_kept, each.title) for x, each in points if each.on_front is front], hollow=not front
+        )
         for name, front in (("on the Pareto front", True), ("beaten by another student", False))
     ]
     return [*marks, *ranges]

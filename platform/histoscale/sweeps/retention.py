@@ -1,13 +1,12 @@
-"""Findings of a distillation sweep: how small a student keeps how much of its teacher, and what the teacher was worth."""
+"""Findings of a distillation sweep: how small a student keeps how much, and what the teacher was worth."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from histoscale.errors import SweepError
-from histoscale.sweeps.fits import Interval
+from histoscale.sweeps.fits import Interval, t_interval
 from histoscale.sweeps.rows import TrialRow
-from histoscale.sweeps.scaling import t_interval
 
 KEPT = 0.95
 """What a student must keep for the sentence to call it as good as its teacher."""
@@ -134,9 +133,7 @@ def analyse_distillation(rows: Sequence[TrialRow], teacher: TeacherScores) -> Di
         )
     students = [_student(each, teacher) for each in kinds]
     front = pareto([(row.parameters, row.latency_ms or 0.0, -row.mean_kept) for row in students])
-    marked = [
-        Student(**{**vars(student), "on_front": place in front}) for place, student in enumerate(students)
-    ]
+    marked = [Student(**{**vars(student), "on_front": place in front}) for place, student in enumerate(students)]
     marked.sort(key=lambda student: (student.parameters, student.images))
     gains = tuple(gain for each in kinds for gain in _gains(each, done, teacher))
     return DistillationFindings(_sentence(marked, gains, teacher), teacher, tuple(marked), gains)

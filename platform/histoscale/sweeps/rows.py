@@ -42,7 +42,7 @@ class TrialRow:
         name: Of the trial.
         role: See `Trial`.
         arch: Of its model.
-        seed: That it was drawn with.
+        seed: Of the spec.
         images: Seen since new weights.
         slides: Drawn from; None is all.
         parameters: Of the backbone.
@@ -87,7 +87,6 @@ class TrialRow:
 
 def row_of(
     trial: Trial,
-    seed: int,
     *,
     scores: Mapping[str, float] | None = None,
     chance: Mapping[str, float] | None = None,
@@ -100,7 +99,6 @@ def row_of(
 
     Args:
         trial: Which.
-        seed: Of the sweep that it belongs to: that of the trunk, where it is a fork.
         scores: As all that follows, see `TrialRow`.
         chance: See there.
         loss: See there.
@@ -112,7 +110,7 @@ def row_of(
         name=trial.name,
         role=trial.role,
         arch=trial.recipe.model.arch,
-        seed=seed,
+        seed=trial.seed,
         images=trial.images,
         slides=trial.slides,
         parameters=trial.cost.parameters,

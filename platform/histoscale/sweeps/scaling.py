@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from histoscale.config.archs import ARCHS
 from histoscale.config.recipe import ModelSection, Recipe
 from histoscale.errors import SweepError
-from histoscale.sweeps.fits import Array, Fit, Interval, Points, fit_power_law
+from histoscale.sweeps.fits import Array, Fit, Interval, Points, fit_power_law, t_interval
 from histoscale.sweeps.laws import HeldOut, Optimum, Slice, WorkLaw, frontier, held_out, optimum, slices, work_law
 from histoscale.sweeps.rows import TrialRow
 from histoscale.sweeps.rules import LrCheck, check_lr
@@ -282,9 +281,7 @@ def _effects(rows: Sequence[TrialRow], target: str) -> tuple[Effect, ...]:
             (row.arch, row.images, row.seed, *((name, value) for name, value in sorted(each.items()) if name != field))
             for row, each in zip(rows, of, strict=True)
         ]
-        error = {
-            (each[field], place): row.error(target) for row, each, place in zip(rows, of, alike, strict=True)
-        }
+        error = {(each[field], place): row.error(target) for row, each, place in zip(rows, of, alike, strict=True)}
         for value in values[1:]:
             pairs = [
                 error[value, place] - error[values[0], place]
@@ -294,15 +291,6 @@ def _effects(rows: Sequence[TrialRow], target: str) -> tuple[Effect, ...]:
             if pairs:
                 effects.append(Effect(field, value, values[0], statistics.fmean(pairs), t_interval(pairs), len(pairs)))
     return tuple(effects)
-
-
-def t_interval(values: Sequence[float]) -> Interval | None:
-    """95 % interval of a mean by Student's t; None for a single value."""
-    if len(values) < 2:
-        return None
-    mean, half = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    half *= float(stats.t.ppf(0.975, len(values) - 1))
-    return mean - half, mean + half
 
 
 def _sentence(
@@ -324,9 +312,9 @@ def _sentence(
     size, images = ((f"{low:,.3g} to {high:,.3g}") for low, high in (best.parameters_interval, best.images_interval))
     where = "; this lies outside of what was tried" if best.extrapolated else f", nearest is {nearest.arch}"
     answer = (
-        f"With {best.flops:.3g} FLOP, the work of the largest run, a model of {best.parameters:,.3g} parameters ({size}) "
-        f"that sees {best.images:,.3g} images ({images}) does best{where}: the fit expects an error on {target} of "
-        f"{best.y:.3g} ({best.y_interval[0]:.3g} to {best.y_interval[1]:.3g})."
+        f"With {best.flops:.3g} FLOP, the work of the largest run, a model of {best.parameters:,.3g} parameters "
+        f"({size}) that sees {best.images:,.3g} images ({images}) does best{where}: the fit expects an error on "
+        f"{target} of {best.y:.3g} ({best.y_interval[0]:.3g} to {best.y_interval[1]:.3g})."
     )
     if check is None:
         return f"{answer} Not checked: {refusal}"

@@ -126,6 +126,55 @@ class Price(Section):
         return flops / (self.peak_tflops * 1e12 * self.mfu * 3600.0)
 
 
+class Range(Section):
+    """Numbers that a search draws a field from.
+
+    Attributes:
+        low: Least.
+        high: Greatest.
+        log: Drawn evenly in the logarithm.
+        whole: Whole numbers.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high or (self.log and self.low <= 0.0):
+            raise ValueError(f"a range is from low to high, above 0 with log, got {self.low} to {self.high}")
+        return self
+
+
+class SearchSpec(Section):
+    """A search by Optuna, at the first size, budget and seed of the spec; the best ones are then repeated.
+
+    Attributes:
+        trials: How many combinations are tried.
+        ranges: Field of the recipe -> numbers to draw from.
+        choices: Field of the recipe -> values to choose from.
+        finalists: How many of the best are run again with other seeds: the best of many is partly luck.
+        seeds: Of those runs.
+    """
+
+    trials: Count
+    ranges: dict[str, Range] = Field(default_factory=dict)
+    choices: dict[str, Values] = Field(default_factory=dict)
+    finalists: Count = 3
+    seeds: Seeds = (1, 2, 3)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        fields = [*self.ranges, *self.choices]
+        if not fields:
+            raise ValueError("ranges or choices must name a field to search, got none")
+        _require_distinct("ranges and choices", tuple(fields))
+        _require_distinct("seeds", self.seeds)
+        return self
+
+
 class SweepSpec(Section):
     """What both kinds of sweep have.
 
@@ -140,6 +189,7 @@ class SweepSpec(Section):
         lr_rule: None runs all widths at the recipe's rate.
         resources: Of one trial.
         price: Of the work.
+        search: Beside the grid; None searches nothing.
     """
 
     recipe: str
@@ -152,6 +202,7 @@ class SweepSpec(Section):
     lr_rule: LrRule | None = None
     resources: Resources = Resources()
     price: Price
+    search: SearchSpec | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -166,10 +217,11 @@ class SweepSpec(Section):
         return self
 
     def _require_free(self, places: dict[str, str]) -> None:
-        for field in (*self.grid, *self.set):
+        searched = (*self.search.ranges, *self.search.choices) if self.search else ()
+        for field in (*self.grid, *self.set, *searched):
             for known, place in places.items():
                 if field == known or field.startswith(f"{known}."):
-                    raise ValueError(f"{field} is what {place} is for: take it out of grid and set")
+                    raise ValueError(f"{field} is what {place} is for: take it out of grid, set and search")
 
 
 class ScalingSpec(SweepSpec):

@@ -48,28 +48,37 @@ def _pair(
     """A student, and the same one from scratch: what only a distilled run has is left out there."""
     fields = {**spec.set, **settings, "model.arch": arch, "schedule.images": images, "seed": seed}
     taught = {**base, "distill": {**distill, "mode": spec.mode}}
-    yield _trial(spec, taught, fields, settings, teacher)
+    yield student_of(spec, taught, fields, settings, teacher)
     if spec.from_scratch:
         alone = {name: value for name, value in base.items() if name != "distill"}
         fields = {name: value for name, value in fields.items() if not name.startswith(_DISTILL)}
         settings = {name: value for name, value in settings.items() if not name.startswith(_DISTILL)}
-        yield _trial(spec, alone, fields, settings, None)
+        yield student_of(spec, alone, fields, settings, None)
 
 
-def _trial(
+def student_of(
     spec: DistillationSpec,
     values: Mapping[str, Any],
     fields: Mapping[str, Any],
     settings: Mapping[str, Any],
     teacher: Recipe | None,
 ) -> Trial:
+    """One student, or, without a teacher, the same from scratch.
+
+    Args:
+        spec: What to try.
+        values: What the base recipe holds, with the section `distill` where there is a teacher.
+        fields: Of the recipe -> values, `settings` among them.
+        settings: Those that are tried.
+        teacher: A recipe with the teacher's model and heads.
+    """
     name = name_of(
         fields["model.arch"],
         fields["schedule.images"],
         None,
         settings,
         fields["seed"],
-        () if teacher else ("scratch",),
+        "" if teacher else "scratch",
     )
     recipe = decode_recipe(
         dict(values), [override(field, value) for field, value in fields.items()], source=f"trial {name}"
@@ -83,6 +92,7 @@ def _trial(
         role="student" if teacher else "scratch",
         recipe=recipe,
         parent=None,
+        seed=fields["seed"],
         images=recipe.steps * recipe.batch.tiles,
         slides=recipe.data.slides,
         settings=settings,

@@ -15,7 +15,7 @@ from histoscale.sweeps.spec import Price
 from histoscale.train.flops import step_flops_per_tile
 from histoscale.train.memory import backbone_parameters, forecast
 
-Role = Literal["run", "trunk", "cooldown", "lr_check", "student", "scratch", "search"]
+Role = Literal["run", "trunk", "cooldown", "lr_check", "student", "scratch", "search", "finalist"]
 
 _UNFIT = re.compile(r"[^A-Za-z0-9_.=-]")
 
@@ -52,9 +52,11 @@ class Trial:
     Attributes:
         name: Of its folder below trials/; the same spec gives the same names.
         role: "run" and "cooldown" answer the question; a "trunk" is what cooldowns are forked from; "lr_check" tests
-            the rule of the rate; "student" and "scratch" learn with and without the teacher; "search" is a suggestion.
+            the rule of the rate; "student" and "scratch" learn with and without the teacher; "search" is a suggestion,
+            and a "finalist" a good one with another seed.
         recipe: Of the run.
         parent: What it is forked from.
+        seed: Of the spec; the recipe of a cooldown has another, so that its tiles are not its trunk's first ones.
         images: Seen since new weights, those of its trunk among them.
         slides: That it draws from; None is all.
         settings: Fields of the grid -> values.
@@ -67,6 +69,7 @@ class Trial:
     role: Role
     recipe: Recipe
     parent: Origin | None
+    seed: int
     images: int
     slides: int | None
     settings: Mapping[str, Any]
@@ -80,21 +83,19 @@ class Trial:
         return self.role in ("run", "cooldown")
 
 
-def override(field: str, value: Any) -> str:
+def override(field: str, value: object) -> str:
     """`field=value` as `--set` takes it."""
     return f"{field}={json.dumps(value)}"
 
 
-def name_of(
-    arch: str, images: int, slides: int | None, settings: Mapping[str, Any], seed: int, tags: Sequence[str] = ()
-) -> str:
-    """Name of a trial: what it differs in, fit for a folder and a bucket."""
+def name_of(arch: str, images: int, slides: int | None, settings: Mapping[str, Any], seed: int, tag: str = "") -> str:
+    """Name of a trial: what it differs in, fit for a folder and a bucket; `tag` tells those of other roles apart."""
     parts = [arch, f"{images}im", *(() if slides is None else (f"{slides}sl",))]
     parts += [f"{field}={_short(value)}" for field, value in settings.items()]
-    return _UNFIT.sub("_", "-".join([*parts, f"s{seed}", *tags]))
+    return _UNFIT.sub("_", "-".join([*parts, f"s{seed}", *([tag] if tag else [])]))
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """A plain value as it is; a checksum of what has parts."""
     if isinstance(value, str | int | float | bool) or value is None:
         text = str(value)

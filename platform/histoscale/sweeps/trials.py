@@ -15,14 +15,14 @@ from histoscale.config.recipe import Recipe
 from histoscale.errors import RecipeError
 from histoscale.seeding import key
 from histoscale.sweeps.spec import LrRule, ScalingSpec, SweepSpec
-from histoscale.sweeps.trial import Origin, Trial, estimate, name_of, override
+from histoscale.sweeps.trial import Origin, Role, Trial, estimate, name_of, override
 from histoscale.train.flops import step_flops_per_tile
 
 _SEED_BITS = 31
 
 
 @dataclass(frozen=True)
-class _Variant:
+class Variant:
     """One model on one part of the data with one combination of the grid, for one seed; of any length."""
 
     arch: str
@@ -31,6 +31,7 @@ class _Variant:
     seed: int
 
     def overrides(self, spec: SweepSpec) -> list[str]:
+        """Of the base recipe, as `--set` takes them."""
         fields = {**spec.set, **self.settings, "model.arch": self.arch, "seed": self.seed}
         if self.slides is not None:
             fields["data.slides"] = self.slides
@@ -78,23 +79,23 @@ def with_rate(recipe: Recipe, base_tiles: int, rule: LrRule | None, factor: floa
     return recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": rate})})
 
 
-def _variants(spec: ScalingSpec) -> Iterator[_Variant]:
+def _variants(spec: ScalingSpec) -> Iterator[Variant]:
     for arch, slides, settings, seed in itertools.product(spec.archs, spec.slides, combinations(spec.grid), spec.seeds):
-        yield _Variant(arch, slides, settings, seed)
+        yield Variant(arch, slides, settings, seed)
 
 
-def _of_variant(spec: ScalingSpec, base: Mapping[str, Any], variant: _Variant) -> Iterator[Trial]:
-    budgets = _budgets(spec, base, variant)
+def _of_variant(spec: ScalingSpec, base: Mapping[str, Any], variant: Variant) -> Iterator[Trial]:
+    budgets = budgets_of(spec, base, variant)
     if spec.constant_lr is not None:
         yield from _trunk_and_cooldowns(spec, base, variant, budgets, spec.constant_lr.cooldown_share)
         return
     for images in budgets:
-        yield _trial(variant, "run", _recipe(spec, base, variant, images), images)
+        yield _trial(variant, "run", recipe_of(spec, base, variant, images), images)
 
 
-def _budgets(spec: ScalingSpec, base: Mapping[str, Any], variant: _Variant) -> list[int]:
+def budgets_of(spec: ScalingSpec, base: Mapping[str, Any], variant: Variant) -> list[int]:
     """Images of each budget, ascending, whole steps."""
-    recipe = _recipe(spec, base, variant, None)
+    recipe = recipe_of(spec, base, variant, None)
     tiles, work = recipe.batch.tiles, step_flops_per_tile(recipe, ARCHS[variant.arch])
     steps = [images // tiles for images in spec.budgets_images]
     steps += [round(flops / work / tiles) for flops in spec.budgets_flops]
@@ -108,14 +109,27 @@ def _budgets(spec: ScalingSpec, base: Mapping[str, Any], variant: _Variant) -> l
     return sorted({count * tiles for count in steps})
 
 
-def _recipe(
+def recipe_of(
     spec: ScalingSpec,
     base: Mapping[str, Any],
-    variant: _Variant,
+    variant: Variant,
     images: int | None,
     fields: Mapping[str, Any] | None = None,
     factor: float = 1.0,
 ) -> Recipe:
+    """The recipe of a variant, with its rate.
+
+    Args:
+        spec: What to try.
+        base: What the file of the base recipe holds.
+        variant: The model, its data and its settings.
+        images: To see; None leaves the base recipe's.
+        fields: What this run alone has.
+        factor: Multiple of the rule's rate.
+
+    Raises:
+        RecipeError: It is not valid, or distils.
+    """
     overrides = variant.overrides(spec)
     if images is not None:
         overrides.append(override("schedule.images", images))
@@ -134,16 +148,17 @@ def _recipe(
 
 
 def _trial(
-    variant: _Variant, role: Any, recipe: Recipe, images: int, parent: Origin | None = None, factor: float = 1.0
+    variant: Variant, role: Role, recipe: Recipe, images: int, parent: Origin | None = None, factor: float = 1.0
 ) -> Trial:
-    tags = {"run": (), "cooldown": (), "trunk": ("trunk",), "lr_check": (f"lr_x{factor:g}",)}[role]
-    name = name_of(variant.arch, images, variant.slides, variant.settings, variant.seed, tags)
+    tag = {"trunk": "trunk", "lr_check": f"lr_x{factor:g}"}.get(role, "")
+    name = name_of(variant.arch, images, variant.slides, variant.settings, variant.seed, tag)
     before = parent.step * recipe.batch.tiles if parent else 0
     return Trial(
         name=name,
         role=role,
         recipe=recipe,
         parent=parent,
+        seed=variant.seed,
         images=images,
         slides=variant.slides,
         settings=variant.settings,
@@ -154,10 +169,10 @@ def _trial(
 
 
 def _trunk_and_cooldowns(
-    spec: ScalingSpec, base: Mapping[str, Any], variant: _Variant, budgets: Sequence[int], share: float
+    spec: ScalingSpec, base: Mapping[str, Any], variant: Variant, budgets: Sequence[int], share: float
 ) -> Iterator[Trial]:
     """A run at a constant rate, and a fork of it for each budget, whose steps together are the budget's."""
-    shape = _recipe(spec, base, variant, budgets[-1])
+    shape = recipe_of(spec, base, variant, budgets[-1])
     tiles, every = shape.batch.tiles, shape.checkpoint.every_steps
     cuts = [_cut(images // tiles, share, every, variant) for images in budgets]
     _require_constant(shape, min(cuts) * tiles)
@@ -166,12 +181,12 @@ def _trunk_and_cooldowns(
         "checkpoint.keep_every_steps": math.gcd(*cuts),
     }
     last = max(cuts) * tiles
-    trunk = _trial(variant, "trunk", _recipe(spec, base, variant, last, trunk_fields), last)
+    trunk = _trial(variant, "trunk", recipe_of(spec, base, variant, last, trunk_fields), last)
     yield trunk
     for images, cut in zip(budgets, cuts, strict=True):
         left = images - cut * tiles
         fields = {
-            "seed": key(variant.seed, "cooldown", cut) % (1 << _SEED_BITS),  # its tiles are not the trunk's first ones
+            "seed": key(variant.seed, "cooldown", cut) % (1 << _SEED_BITS),
             "optim.decay": {"cooldown_images": left},
             "optim.warmup_images": 0,
             "optim.freeze_last_layer_images": 0,
@@ -179,12 +194,10 @@ def _trunk_and_cooldowns(
             "loss.teacher_temperature_warmup_images": 0,
             "model.weights": None,
         }
-        yield _trial(
-            variant, "cooldown", _recipe(spec, base, variant, left, fields), images, Origin(trunk.name, cut)
-        )
+        yield _trial(variant, "cooldown", recipe_of(spec, base, variant, left, fields), images, Origin(trunk.name, cut))
 
 
-def _cut(steps: int, share: float, every: int, variant: _Variant) -> int:
+def _cut(steps: int, share: float, every: int, variant: Variant) -> int:
     """The commit of the trunk at which a budget's cooldown begins."""
     cut = round(steps * (1.0 - share) / every) * every
     if not 0 < cut < steps:
@@ -230,15 +243,15 @@ def _lr_checks(spec: ScalingSpec, base: Mapping[str, Any]) -> Iterator[Trial]:
     rule = spec.lr_rule
     factors = [factor for factor in (rule.check_factors if rule else ()) if factor != 1.0]
     for arch, seed, factor in itertools.product(spec.archs, spec.seeds, factors):
-        variant = _Variant(arch, spec.slides[0], combinations(spec.grid)[0], seed)
-        images = _budgets(spec, base, variant)[0]
+        variant = Variant(arch, spec.slides[0], combinations(spec.grid)[0], seed)
+        images = budgets_of(spec, base, variant)[0]
         fields: dict[str, Any] = {}
         if spec.constant_lr is not None:
-            shape = _recipe(spec, base, variant, images)
+            shape = recipe_of(spec, base, variant, images)
             tiles, every = shape.batch.tiles, shape.checkpoint.every_steps
             cut = _cut(images // tiles, spec.constant_lr.cooldown_share, every, variant)
             fields = {"optim.decay": {"cooldown_images": images - cut * tiles}}
-        recipe = _recipe(spec, base, variant, images, fields, factor)
+        recipe = recipe_of(spec, base, variant, images, fields, factor)
         yield _trial(variant, "lr_check", recipe, images, factor=factor)
 
 
