@@ -22,6 +22,7 @@ from histoscale.sweeps.scaling import (
     PARAMETERS,
     ScalingFindings,
     analyse_scaling,
+    rounded,
 )
 from histoscale.sweeps.spec import LrRule, ScalingSpec
 from histoscale.sweeps.trials import scaling_trials
@@ -73,8 +74,8 @@ def test_the_held_out_run_is_foretold_better_than_by_the_null_model(findings: Sc
 def test_the_sentence_names_size_data_and_error_with_intervals(findings: ScalingFindings) -> None:
     best = findings.best
     assert best is not None
-    assert f"{best.parameters:,.3g} parameters ({best.parameters_interval[0]:,.3g} to " in findings.sentence
-    assert f"{best.images:,.3g} images" in findings.sentence
+    assert f"{rounded(best.parameters)} parameters ({rounded(best.parameters_interval[0])} to " in findings.sentence
+    assert f"{rounded(best.images)} images" in findings.sentence
     grid = np.geomspace(1e5, 2e7, 400)
     errors = [planted(size, float(findings.work.images(best.flops, np.array(size)))) for size in grid]
     assert best.parameters == pytest.approx(grid[np.argmin(errors)], rel=0.6)
@@ -143,6 +144,24 @@ def test_what_a_value_of_the_grid_changes_is_a_mean_over_pairs() -> None:
     assert "4.0 instead of 1.0" in scaling_page(found, [], "grid", "today")
 
 
+def test_numbers_are_rounded_for_people() -> None:
+    assert [rounded(value) for value in (36_123.0, 3.941e6, 1.7e9, 12.0)] == [
+        "36,100",
+        "3.94 million",
+        "1.7 billion",
+        "12",
+    ]
+
+
+def test_laws_in_one_variable_are_of_runs_that_agree_in_the_other(findings: ScalingFindings) -> None:
+    by_along = {law.along: law.fit for law in findings.laws if law.of == ERROR}
+    images, parameters = by_along[(IMAGES,)], by_along[(PARAMETERS,)]
+    assert images is not None
+    assert parameters is not None
+    assert {label.split("-")[0] for label in images.points.labels} == {"vit_mini14"}  # one run of vit_ti14 is held out
+    assert {label.split("-")[1] for label in parameters.points.labels} == {"8960im"}
+
+
 def test_students_t_is_wider_than_the_normal_interval() -> None:
     assert t_interval([0.1]) is None
     assert t_interval([1.0, 3.0]) == pytest.approx((2.0 - 12.7062, 2.0 + 12.7062), abs=1e-3)
@@ -200,6 +219,7 @@ def test_equal_compute_slices_are_drawn() -> None:
     rows = rows_of(spec)
     found = analyse_scaling(spec, rows, resamples=2)
     assert [len(each.parameters_N) for each in found.slices] == [4, 4]
+    assert sum(row.held_out for row in rows) == 4
     assert scaling_page(found, rows, "slices", "today").count("<svg") == 3
 
 

@@ -20,6 +20,7 @@ class Series:
         points: (x, y, what it is on hovering).
         curve: (x, y) along a line.
         band: (x, low, high) around it.
+        bars: (x, low, high) of single points.
         hollow: Points are rings: what was foretold, or not fitted.
     """
 
@@ -27,6 +28,7 @@ class Series:
     points: Sequence[tuple[float, float, str]] = ()
     curve: Sequence[tuple[float, float]] = ()
     band: Sequence[tuple[float, float, float]] = ()
+    bars: Sequence[tuple[float, float, float]] = ()
     hollow: bool = False
 
 
@@ -67,13 +69,14 @@ def chart(series: Sequence[Series], x_title: str, y_title: str, *, log_x: bool =
             [point for point in each.points if shown(*point[:2])],
             [point for point in each.curve if shown(*point)],
             [point for point in each.band if shown(*point)],
+            [point for point in each.bars if shown(*point)],
             each.hollow,
         )
         for each in series
     ]
-    xs = [point[0] for each in kept for part in (each.points, each.curve, each.band) for point in part]
+    xs = [point[0] for each in kept for part in (each.points, each.curve, each.band, each.bars) for point in part]
     ys = [point[1] for each in kept for part in (each.points, each.curve) for point in part]
-    ys += [bound for each in kept for _, low, high in each.band for bound in (low, high)]
+    ys += [bound for each in kept for _, low, high in (*each.band, *each.bars) for bound in (low, high)]
     if not xs or not ys:
         return "<p>Nothing to draw yet.</p>"
     x, y = _Axis(xs, _LEFT + 8, _WIDTH - 12, log_x), _Axis(ys, _HEIGHT - 8, 8, log_y)
@@ -112,6 +115,10 @@ def _draw(series: Series, colour: str, x: _Axis, y: _Axis) -> str:
     if series.curve:
         line = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in series.curve)
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.4" points="{line}"/>')
+    parts += [
+        f'<line x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}" stroke="{colour}"/>'
+        for at, low, high in series.bars
+    ]
     look = f'fill="#fff" stroke="{colour}" stroke-width="2"' if series.hollow else f'fill="{colour}"'
     parts += [
         f'<circle cx="{x(at):.1f}" cy="{y(value):.1f}" r="4" {look}><title>{escape(text)}</title></circle>'

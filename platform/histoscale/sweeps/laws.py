@@ -189,7 +189,7 @@ def held_out(fit: Fit, flops_N: Array, x_MK: Array, y_M: Array) -> HeldOut:
         x_MK: Where the held-out runs lie.
         y_M: What they reached.
     """
-    largest = flops_N >= flops_N.max() * (1.0 - 1e-9)
+    largest = np.log(flops_N.max() / flops_N) < _ALIKE
     predicted, low, high = (float(np.mean(each)) for each in fit.predict_runs(x_MK))
     return HeldOut(float(np.mean(y_M)), predicted, (low, high), float(np.mean(fit.points.y_N[largest])))
 

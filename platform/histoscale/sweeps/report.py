@@ -9,7 +9,7 @@ from histoscale.slides.report_charts import page
 from histoscale.sweeps.charts import Series, chart
 from histoscale.sweeps.fits import Fit, Interval
 from histoscale.sweeps.rows import TrialRow
-from histoscale.sweeps.scaling import COMPUTE, ERROR, IMAGES, PARAMETERS, Law, ScalingFindings
+from histoscale.sweeps.scaling import COMPUTE, ERROR, IMAGES, PARAMETERS, Law, ScalingFindings, rounded
 from histoscale.sweeps.search import SearchResult, search_results
 
 _CURVE_PLACES = 60
@@ -39,10 +39,10 @@ def scaling_page(findings: ScalingFindings, rows: Sequence[TrialRow], name: str,
         *failed_and_all(rows),
     ]
     facts = [
-        (f"{len(judged)}", "runs judged"),
-        (f"{sum(bool(row.reason) for row in rows)}", "trials failed"),
-        (f"{sum(row.own_flops for row in rows):.3g}", "FLOP in all"),
-        (f"{min((row.error(findings.target) for row in judged), default=float('nan')):.3g}", "least error"),
+        ("runs judged", f"{len(judged)}"),
+        ("trials failed", f"{sum(bool(row.reason) for row in rows)}"),
+        ("FLOP in all", f"{sum(row.own_flops for row in rows):.3g}"),
+        ("least error", f"{min((row.error(findings.target) for row in judged), default=float('nan')):.3g}"),
     ]
     return page(f"Scaling sweep {name}", f"histoscale, {created}", facts, sections)
 
@@ -149,7 +149,7 @@ def _slices(findings: ScalingFindings) -> str:
         return "<p>No three sizes were trained with equal work: budgets_flops of the spec makes such slices.</p>"
     series = [
         Series(
-            f"{each.flops:.3g} FLOP" + ("" if each.best is None else f": least at {each.best:,.3g} parameters"),
+            f"{each.flops:.3g} FLOP" + ("" if each.best is None else f": least at {rounded(each.best)} parameters"),
             [(x, y, f"{x:,.0f}") for x, y in zip(each.parameters_N.tolist(), each.y_N.tolist(), strict=True)],
             list(zip(each.parameters_N.tolist(), each.y_N.tolist(), strict=True)),
         )

@@ -29,10 +29,10 @@ def distillation_page(findings: DistillationFindings, rows: Sequence[TrialRow], 
         *failed_and_all(rows),
     ]
     facts = [
-        (f"{len(findings.students)}", "kinds of student"),
-        (f"{len(front)}", "on the Pareto front"),
-        (f"{max(student.mean_kept for student in findings.students):.0%}", "most that was kept"),
-        (f"{sum(bool(row.reason) for row in rows)}", "trials failed"),
+        ("kinds of student", f"{len(findings.students)}"),
+        ("on the front", f"{len(front)}"),
+        ("most that was kept", f"{max(student.mean_kept for student in findings.students):.0%}"),
+        ("trials failed", f"{sum(bool(row.reason) for row in rows)}"),
     ]
     return page(f"Distillation sweep {name}", f"histoscale, {created}", facts, sections)
 
@@ -56,21 +56,16 @@ def _latency_chart(findings: DistillationFindings) -> str:
 
 
 def _series(points: Sequence[tuple[float, Student]]) -> list[Series]:
-    ranges = [
+    groups = (("on the Pareto front", True), ("beaten by another student", False))
+    return [
         Series(
-            "",
-            band=[(x * 0.99, *student.kept_interval), (x * 1.01, *student.kept_interval)],
+            name,
+            points=[(x, each.mean_kept, each.title) for x, each in points if each.on_front is front],
+            bars=[(x, *each.kept_interval) for x, each in points if each.on_front is front and each.kept_interval],
+            hollow=not front,
         )
-        for x, student in points
-        if student.kept_interval is not None
+        for name, front in groups
     ]
-    marks = [
-        Series(
-            name, [(x, each.mean_kept, each.title) for x, each in points if each.on_front is front], hollow=not front
-        )
-        for name, front in (("on the Pareto front", True), ("beaten by another student", False))
-    ]
-    return [*marks, *ranges]
 
 
 def _students(findings: DistillationFindings) -> str:

@@ -178,6 +178,23 @@ def _column(rows: Sequence[TrialRow], name: str) -> Array:
     return np.array([getattr(row, attribute) for row in rows], np.float64)
 
 
+def _richest(rows: Sequence[TrialRow], fixed: str, varied: str) -> list[TrialRow]:
+    """The runs of one value of `fixed`: of those with the most values of `varied`, the largest."""
+    places: dict[float, set[float]] = {}
+    for at, value in zip(_column(rows, fixed).tolist(), _column(rows, varied).tolist(), strict=True):
+        places.setdefault(at, set()).add(value)
+    best = max(places, key=lambda at: (len(places[at]), at), default=0.0)
+    return [row for row, at in zip(rows, _column(rows, fixed).tolist(), strict=True) if at == best]
+
+
+def rounded(value: float) -> str:
+    """A number for people: `3.94 million`."""
+    for size, word in ((1e9, "billion"), (1e6, "million")):
+        if value >= size:
+            return f"{value / size:.3g} {word}"
+    return f"{float(f'{value:.3g}'):,.0f}"
+
+
 class _Laws:
     """Fits of the runs that are not held out."""
 
@@ -188,15 +205,15 @@ class _Laws:
     def all(self) -> tuple[Law, ...]:
         """Every fit: of the error, then of the loss."""
         rows = self.rows
-        widest = [row for row in rows if row.parameters == max((row.parameters for row in rows), default=0)]
-        longest = [row for row in rows if row.images == max((row.images for row in rows), default=0)]
+        widest = _richest(rows, PARAMETERS, IMAGES)
+        longest = _richest(rows, IMAGES, PARAMETERS)
         laws = []
         for of in (ERROR, LOSS):
             laws += [
                 self.fit(of, (PARAMETERS, IMAGES), rows, "all fitted runs"),
                 self.fit(of, (COMPUTE,), self._cheapest(of), "runs that no cheaper run beats"),
-                self.fit(of, (IMAGES,), widest, "runs of the largest model"),
-                self.fit(of, (PARAMETERS,), longest, "runs of the largest number of images"),
+                self.fit(of, (IMAGES,), widest, "runs of one model"),
+                self.fit(of, (PARAMETERS,), longest, "runs of one number of images"),
             ]
         return tuple(laws)
 
@@ -309,11 +326,13 @@ def _sentence(
             f"{least.error(target):.3g}, by {least.arch} after {least.images:,} images."
         )
     nearest = min(rows, key=lambda row: abs(math.log(row.parameters / best.parameters)))
-    size, images = ((f"{low:,.3g} to {high:,.3g}") for low, high in (best.parameters_interval, best.images_interval))
+    size, images = (
+        f"{rounded(low)} to {rounded(high)}" for low, high in (best.parameters_interval, best.images_interval)
+    )
     where = "; this lies outside of what was tried" if best.extrapolated else f", nearest is {nearest.arch}"
     answer = (
-        f"With {best.flops:.3g} FLOP, the work of the largest run, a model of {best.parameters:,.3g} parameters "
-        f"({size}) that sees {best.images:,.3g} images ({images}) does best{where}: the fit expects an error on "
+        f"With {best.flops:.3g} FLOP, the work of the largest run, a model of {rounded(best.parameters)} parameters "
+        f"({size}) that sees {rounded(best.images)} images ({images}) does best{where}: the fit expects an error on "
         f"{target} of {best.y:.3g} ({best.y_interval[0]:.3g} to {best.y_interval[1]:.3g})."
     )
     if check is None:

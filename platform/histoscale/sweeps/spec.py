@@ -231,7 +231,7 @@ class ScalingSpec(SweepSpec):
         budgets_flops: Work of training: each gives every model its own number of images, an equal-compute slice.
         slides: Numbers of slides to draw from; a smaller number is part of a larger one. None is all of the index.
         constant_lr: One run serves all budgets of a model; None trains each from the start.
-        held_out: The largest runs are predicted from the others, or nothing is.
+        held_out: The runs of the most work are predicted from the others, or nothing is.
     """
 
     budgets_flops: tuple[Positive, ...] = ()

@@ -19,6 +19,7 @@ from histoscale.sweeps.trial import Origin, Role, Trial, estimate, name_of, over
 from histoscale.train.flops import step_flops_per_tile
 
 _SEED_BITS = 31
+_ALIKE = 0.9  # of the work of the largest run
 
 
 @dataclass(frozen=True)
@@ -256,12 +257,11 @@ def _lr_checks(spec: ScalingSpec, base: Mapping[str, Any]) -> Iterator[Trial]:
 
 
 def _with_held_out(spec: ScalingSpec, trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
-    """The same trials, those of the most work marked."""
+    """The same trials, those of the most work marked, and those of alike work, which would give it away."""
     judged = [trial for trial in trials if trial.judged]
     if spec.held_out == "none" or not judged:
         return trials
-    most = max(judged, key=lambda trial: trial.cost.flops_since_start)
-    largest = (most.recipe.model.arch, most.images)
+    most = max(trial.cost.flops_since_start for trial in judged)
     return tuple(
-        replace(trial, held_out=trial.judged and (trial.recipe.model.arch, trial.images) == largest) for trial in trials
+        replace(trial, held_out=trial.judged and trial.cost.flops_since_start >= _ALIKE * most) for trial in trials
     )
