@@ -176,8 +176,8 @@ def _lowest(sizes: Array, y: Array) -> float | None:
     bend, slope, _ = np.polyfit(np.log(sizes), np.log(y), 2)
     if bend <= 0.0:
         return None
-    best = float(np.exp(-slope / (2.0 * bend)))
-    return best if sizes[0] <= best <= sizes[-1] else None
+    best = -slope / (2.0 * bend)
+    return float(np.exp(best)) if np.log(sizes[0]) <= best <= np.log(sizes[-1]) else None
 
 
 def held_out(fit: Fit, flops_N: Array, x_MK: Array, y_M: Array) -> HeldOut:
