@@ -5,12 +5,13 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from histoscale.errors import SweepError
 from histoscale.sweeps.trial import Trial
 
 _SCORE, _CHANCE, _SETTING = "score:", "chance:", "set:"
@@ -152,6 +153,28 @@ def to_parquet(rows: Sequence[TrialRow]) -> bytes:
 def from_parquet(data: bytes) -> tuple[TrialRow, ...]:
     """The rows of `to_parquet`."""
     return tuple(_row(values) for values in pq.read_table(io.BytesIO(data)).to_pylist())
+
+
+def to_json(row: TrialRow) -> bytes:
+    """One row as JSON."""
+    return json.dumps(asdict(row), indent=1).encode()
+
+
+def from_json(data: bytes) -> TrialRow:
+    """The row of `to_json`.
+
+    Raises:
+        SweepError: It is damaged, or of another version.
+    """
+    try:
+        return TrialRow(**json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise SweepError(
+            "the result of a trial is damaged or of another version of histoscale",
+            value=str(error),
+            expected="what the sweep wrote",
+            remedy="remove the file below results/, and run the sweep again, which measures that trial anew",
+        ) from error
 
 
 def to_csv(rows: Sequence[TrialRow]) -> str:
