@@ -48,8 +48,10 @@ def distributions(search: SearchSpec) -> dict[str, BaseDistribution]:
     """What each field is drawn from."""
     space: dict[str, BaseDistribution] = {}
     for field, each in search.ranges.items():
-        whole = IntDistribution(round(each.low), round(each.high), log=each.log)
-        space[field] = whole if each.whole else FloatDistribution(each.low, each.high, log=each.log)
+        if each.whole:
+            space[field] = IntDistribution(round(each.low), round(each.high), log=each.log)
+        else:
+            space[field] = FloatDistribution(each.low, each.high, log=each.log)
     for field, values in search.choices.items():
         space[field] = CategoricalDistribution([json.dumps(value) for value in values])
     return space
