@@ -23,7 +23,7 @@ quickstart: install
 	    $(if $(DATASET),--dataset "$(DATASET)") $(if $(SET),--set "$(SET)")
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

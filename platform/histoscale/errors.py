@@ -15,6 +15,7 @@ HistoscaleError
 ├── DatasetError       a labelled dataset that is incomplete
 ├── EmbeddingError     embeddings of slides that are incomplete, foreign or of another model
 ├── ExportError        an export that cannot be made or proven
+├── SweepError         finished runs that cannot answer a sweep's question
 └── ClusterError       a cluster or a job that cannot be used
 """
 
@@ -148,6 +149,10 @@ class EmbeddingError(HistoscaleError):
 
 class ExportError(HistoscaleError):
     """An export that cannot be made, or whose equality cannot be shown."""
+
+
+class SweepError(HistoscaleError):
+    """Finished runs that cannot answer a sweep's question: too few, all alike, or diverged."""
 
 
 class ClusterError(HistoscaleError):

@@ -16,9 +16,9 @@ LAYERS = [
     {"slides", "sampling"},
     {"models", "objectives", "augment"},
     {"stream", "checkpoint", "train", "evaluate", "export", "observe", "embeddings"},
-    {"cluster", "bench"},
+    {"cluster", "sweeps", "bench"},
 ]
-MAY_IMPORT_RAY = {"stream", "cluster", "slides/build.py", "bench"}
+MAY_IMPORT_RAY = {"stream", "cluster", "sweeps", "slides/build.py", "bench"}
 NEVER_TORCH = {"errors", "units", "seeding", "config", "storage", "slides", "sampling"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -101,6 +101,26 @@ def test_shares_are_those_among_the_slides_that_serve_the_magnification() -> Non
     assert lines[0].strata[0].tiles_per_slide == pytest.approx(250_000 / 400)
 
 
+def rows_of(plan: Plan) -> set[int]:
+    return {plan.tile(sample).row for sample in range(4_000)}
+
+
+def test_fewer_slides_are_part_of_more_whatever_the_seed() -> None:
+    few, more = (rows_of(plan_of(replace(SPEC, slides=count))) for count in (20, 200))
+    assert few == set(range(20)) < more == set(range(200))  # all of them, in the order of their ids
+    assert rows_of(plan_of(replace(SPEC, slides=20, seed=4))) == few
+
+
+def test_slides_that_are_left_out_do_not_count() -> None:
+    spec = replace(SPEC, slides=100, weights={"site": {"large": 0.0}})
+    assert rows_of(plan_of(spec)) == set(range(800, 900))
+
+
+def test_more_slides_than_there_are_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"more slides than there are \(got 201; expected at most the 200"):
+        plan_of(replace(SPEC, slides=201, weights={"site": {"large": 0.0}}))
+
+
 def test_the_cap_holds_for_every_slide_over_all_magnifications() -> None:
     rows = ROWS.copy()
     rows["patient"][900:950] = 900  # a patient with many slides: each of them is visited less

@@ -117,9 +117,10 @@ class _Task(Evaluation):
 
     def __init__(self, recipe: Recipe, name: str, function: Callable[..., Evaluated], *arguments: str) -> None:
         evaluation = recipe.evaluation
-        # The process goes with the task: the next one in it would be as nice.
+        # The process goes with the task: the next one in it would be as nice. "DEFAULT" is wherever there is room, and
+        # not in the resources of a sweep's trial, which Tune would have a run's own tasks take.
         task: Any = ray.remote(max_calls=1)(function).options(
-            num_cpus=evaluation.cpus, num_gpus=evaluation.gpus, max_retries=0, name=name
+            num_cpus=evaluation.cpus, num_gpus=evaluation.gpus, max_retries=0, scheduling_strategy="DEFAULT", name=name
         )
         self._ref = task.remote(recipe, *arguments)
 

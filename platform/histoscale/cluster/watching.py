@@ -41,7 +41,10 @@ class Watched:
 
 @contextlib.contextmanager
 def watching(control: ControlHandle, watched: Watched) -> Iterator[None]:
-    """Look at the workers every half second for as long as the block lasts; a SIGTERM has them commit and stop."""
+    """Look at the workers every half second for as long as the block lasts; a SIGTERM has them commit and stop.
+
+    Only the main thread of a process hears of signals; called from another, as a sweep does, none is waited for.
+    """
     asked, done = threading.Event(), threading.Event()
     watch = _Watch(control, watched)
 
@@ -54,14 +57,16 @@ def watching(control: ControlHandle, watched: Watched) -> Iterator[None]:
         asked.set()
 
     thread = threading.Thread(target=run, name="watch", daemon=True)
-    previous = signal.signal(signal.SIGTERM, on_signal)
+    hears = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, on_signal) if hears else None
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
-        signal.signal(signal.SIGTERM, previous)
+        if hears:
+            signal.signal(signal.SIGTERM, previous)
 
 
 class _Watch:

@@ -43,14 +43,17 @@ class Arch:
         return plain if self.ffn == "mlp" else (plain * 2 // 3 + 7) // 8 * 8
 
 
-# vit_test14 and vit_micro14 are ours, for tests and for machines without a GPU. Ti to H are the standard sizes
+# vit_test14 is ours, for tests, and vit_nano14, vit_micro14 and vit_mini14, which differ in width alone, for machines
+# without a GPU. Ti to H are the standard sizes
 # (Dosovitskiy et al., arXiv 2010.11929; Touvron et al., arXiv 2012.12877), giant is DINOv2's (arXiv 2304.07193).
 # LayerScale is DINOv2's, which has it at every size; vit_s14 has none, as Virchow2G Mini. vit_h14 and vit_h14_reg4 are
 # Virchow's and Virchow2's, with SwiGLU. vit_gigantic14_reg8 stands for Virchow2G: its depth, width and heads are
 # inferred from 1.85 billion parameters and from the usual ViT-G (Zhai et al., arXiv 2106.04560), not published.
 ARCHS: dict[str, Arch] = {
     "vit_test14": Arch(patch_px=14, depth=2, width=32, heads=2, registers=1),
+    "vit_nano14": Arch(patch_px=14, depth=4, width=64, heads=2, layer_scale=None, init_std=None),
     "vit_micro14": Arch(patch_px=14, depth=4, width=128, heads=4, layer_scale=None, init_std=None),
+    "vit_mini14": Arch(patch_px=14, depth=4, width=192, heads=6, layer_scale=None, init_std=None),
     "vit_ti14": Arch(patch_px=14, depth=12, width=192, heads=3),
     "vit_ti16": Arch(patch_px=16, depth=12, width=192, heads=3),
     "vit_s14": Arch(patch_px=14, depth=12, width=384, heads=6, layer_scale=None),

@@ -60,6 +60,7 @@ class DataSection(Section):
     weights: dict[str, dict[str, NonNegative]] = Field(
         default_factory=dict
     )  # column -> value -> factor; 0 leaves its slides out
+    slides: Count | None = None  # that are drawn from: the first so many by their keyed ids, a random part; None: all
     max_tiles_per_slide: Count | None = None  # of the whole run; what is cut goes to the other strata
     resident_slides: Count = 64  # of a stratum and scale that are in use at once, where slides are read from copies
     resident_visits: Count = 64  # to each of them before others take their place
@@ -215,12 +216,22 @@ class LossSection(Section):
         return self
 
 
+class Cooldown(Section):
+    """A constant rate that falls only over the last `cooldown_images`: runs of other lengths share all before it."""
+
+    cooldown_images: Annotated[int, Field(ge=0)]  # 0: it never falls, as in a run that others are forked from
+
+
 class OptimSection(Section):
     """AdamW, its schedules and the EMA teacher."""
 
     lr: Positive = 3.5e-4
     min_lr: NonNegative = 1e-6  # [DINOv2]
     warmup_images: Annotated[int, Field(ge=0)] = 307_200_000  # [DINOv2] 100,000 steps of 3,072
+    decay: Annotated[
+        Annotated[Literal["cosine"], Tag("cosine")] | Annotated[Cooldown, Tag("cooldown")],
+        Discriminator(lambda decay: "cosine" if isinstance(decay, str) else "cooldown"),
+    ] = "cosine"  # [DINOv2] of the rate, after the warm-up
     weight_decay: tuple[NonNegative, NonNegative] = (0.04, 0.2)  # [DINOv2]
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # [DINOv2]
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # [DINOv2] of the rate, from block to block down
@@ -310,6 +321,7 @@ class Recipe(Section):
             raise ValueError(
                 f"schedule.images must hold one step of {self.batch.tiles} tiles, got {self.schedule.images}"
             )
+        self._cooldown_fits()
         most = self.cluster.worker_bounds[1]
         if most > self.batch.replicas:
             raise ValueError(
@@ -317,6 +329,14 @@ class Recipe(Section):
                 f"{self.batch.replicas} (use {self.batch.replicas} workers, or a larger batch.replicas in a new run)"
             )
         return self
+
+    def _cooldown_fits(self) -> None:
+        decay, warmup_images = self.optim.decay, self.optim.warmup_images
+        if decay != "cosine" and decay.cooldown_images and decay.cooldown_images + warmup_images > self.schedule.images:
+            raise ValueError(
+                "optim.warmup_images and optim.decay.cooldown_images must fit in schedule.images, got "
+                f"{warmup_images} and {decay.cooldown_images} in {self.schedule.images}"
+            )
 
     def _distillation_fits(self) -> None:
         if self.distill is None:

@@ -46,6 +46,7 @@ class PlanSpec:
         balance: Columns of the index whose values, combined, make the strata.
         temperature: A stratum of n slides weighs n ** (1 / temperature).
         weights: Column of `balance` -> value -> what a stratum's weight is multiplied by (1 where absent).
+        slides: The first so many rows, of those that `weights` leaves in, are drawn from; None draws from all.
         max_tiles_per_slide: Most tiles that the run may be expected to take from one slide; None is no limit.
         resident_slides: S, the slides of a stratum and magnification that visits go to in turn, where slides are read
             from copies.
@@ -65,6 +66,7 @@ class PlanSpec:
     balance: tuple[str, ...] = ()
     temperature: float = 1.0
     weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    slides: int | None = None
     max_tiles_per_slide: int | None = None
     resident_slides: int = 64
     resident_visits: int = 64
@@ -127,6 +129,7 @@ class PlanSpec:
             balance=data.balance,
             temperature=data.temperature,
             weights=data.weights,
+            slides=data.slides,
             max_tiles_per_slide=data.max_tiles_per_slide,
             resident_slides=data.resident_slides,
             resident_visits=data.resident_visits,

@@ -193,9 +193,10 @@ def make_supply(spec: PlanSpec, rows: NDArray[Any], strata: Strata) -> Supply:
     """Tables of every magnification of the mix.
 
     Raises:
-        PlanError: No slide serves a magnification, or `max_tiles_per_slide` is too low for the run.
+        PlanError: No slide serves a magnification, there are fewer slides than `slides`, or `max_tiles_per_slide` is
+            too low for the run.
     """
-    weighted = strata.weights[strata.of_row] > 0.0
+    weighted = _drawn_from(spec, strata)
     sort_key = (strata.of_row.astype(np.int64) << 32) | rows["patient"]
     order = np.argsort(sort_key, kind="stable").astype(np.int32)
     del sort_key
@@ -214,6 +215,25 @@ def make_supply(spec: PlanSpec, rows: NDArray[Any], strata: Strata) -> Supply:
     headroom = _headroom(spec, [tables[count] for count in counts])
     table_of = np.array([list(tables).index(count) for count in counts])
     return _join(spec, list(tables.values()), table_of, strata, headroom)
+
+
+def _drawn_from(spec: PlanSpec, strata: Strata) -> NDArray[np.bool_]:
+    """Which rows are drawn from: bool [N].
+
+    Rows are in the order of keyed hashes, so the first ones are a random part, and a smaller part lies in a larger one.
+    """
+    drawn: NDArray[np.bool_] = strata.weights[strata.of_row] > 0.0
+    if spec.slides is None:
+        return drawn
+    count = int(np.count_nonzero(drawn))
+    if count < spec.slides:
+        raise PlanError(
+            "data.slides asks for more slides than there are",
+            value=spec.slides,
+            expected=f"at most the {count} of the index that data.weights leaves in",
+            remedy="lower it, or add slides",
+        )
+    return drawn & (np.cumsum(drawn) <= spec.slides)
 
 
 def _headroom(spec: PlanSpec, tables: Sequence[_Table]) -> float:

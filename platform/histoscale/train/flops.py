@@ -5,7 +5,7 @@ of the student, of backbone and heads. What is computed twice to save memory, no
 and the optimiser do not count.
 """
 
-from histoscale.config.archs import Arch
+from histoscale.config.archs import ARCHS, Arch
 from histoscale.config.recipe import HeadSection, Recipe
 from histoscale.errors import RecipeError
 
@@ -34,34 +34,78 @@ def head_flops(width: int, heads: HeadSection, bottleneck: int, prototypes: int)
     return 2 * (width * hidden + hidden**2 + hidden * bottleneck + bottleneck * prototypes)
 
 
-def step_flops_per_tile(recipe: Recipe, arch: Arch) -> float:
-    """All of one tile's share of a step of pretraining: teacher, student, heads; masked patches at their mean number.
+def step_flops_per_tile(recipe: Recipe, arch: Arch, teacher: Recipe | None = None) -> float:
+    """All of one tile's share of a step: teacher, student, heads; masked patches at their mean number.
 
-    Stochastic depth leaves out its share of the student's blocks.
+    Stochastic depth leaves out its share of the student's blocks. In distillation nothing is masked, and the heads, or
+    the projectors to the teacher's width, see every patch of both global crops.
+
+    Args:
+        recipe: Of the run.
+        arch: Of its model.
+        teacher: The recipe with the frozen teacher's model and heads in place of the student's; in distillation alone.
 
     Raises:
-        RecipeError: The recipe distils.
+        RecipeError: The recipe distils, and the teacher is not given.
     """
-    if recipe.distill is not None:
+    if recipe.distill is None:
+        return _looking(recipe, arch, _masked(recipe, arch)) + _learning(recipe, arch, _masked(recipe, arch))
+    if teacher is None:
         raise RecipeError(
-            "the work of a step is counted for pretraining alone",
+            "the work of a distilled step depends on its teacher",
             value=f"distill.mode={recipe.distill.mode}",
-            expected="a recipe without the section `distill`",
-            remedy="leave the section out to count a run of the student without a teacher",
+            expected="the teacher's recipe beside it",
+            remedy="give it, or leave the section `distill` out to count a run of the student without a teacher",
         )
-    crops, heads = recipe.crops, recipe.heads
+    looks, patches = ARCHS[teacher.model.arch], 2.0 * _patches(recipe, arch)
+    if recipe.distill.mode == "heads":
+        at_teacher = recipe.model_copy(update={"heads": teacher.heads})
+        return _looking(at_teacher, looks, 2.0 * _patches(recipe, looks)) + _learning(recipe, arch, patches)
+    projectors = 2 * (2 + patches) * arch.width * looks.width
+    student = 2 * _backbone(recipe, arch)[0] + projectors
+    embedding = 2 * 2 * patch_flops(arch, recipe.crops.global_px)
+    teacher_pass = 2 * (_backbone(recipe, looks)[0] + patch_flops(looks, recipe.crops.global_px))
+    return teacher_pass + _FORWARD_AND_BACKWARD * student + embedding
+
+
+def _patches(recipe: Recipe, arch: Arch) -> int:
+    """Of one global crop."""
+    return (recipe.crops.global_px // arch.patch_px) ** 2
+
+
+def _masked(recipe: Recipe, arch: Arch) -> float:
+    """Patches of a tile that iBOT compares in pretraining: one of the two global crops is masked."""
     low, high = recipe.loss.mask_ratio
-    masked = (crops.global_px // arch.patch_px) ** 2 * (low + high) / 2.0  # one of the two global crops is masked
+    return _patches(recipe, arch) * (low + high) / 2.0
+
+
+def _backbone(recipe: Recipe, arch: Arch) -> tuple[int, int]:
+    """Forward pass of all blocks over one global and one local crop."""
+    crops = recipe.crops
+    large, small = (arch.depth * block_flops(arch, tokens_of(arch, px)) for px in (crops.global_px, crops.local_px))
+    return large, small
+
+
+def _heads(recipe: Recipe, arch: Arch) -> tuple[int, int]:
+    """Forward pass of the heads over one class token and one patch."""
+    heads = recipe.heads
     dino = head_flops(arch.width, heads, heads.dino_bottleneck_dim, heads.dino_prototypes)
     ibot = head_flops(arch.width, heads, heads.ibot_bottleneck_dim, heads.ibot_prototypes)
-    patches = masked * (dino if heads.shared else ibot)
-    blocks_global, blocks_local = (
-        arch.depth * block_flops(arch, tokens_of(arch, side_px)) for side_px in (crops.global_px, crops.local_px)
-    )
-    embed_global, embed_local = (patch_flops(arch, side_px) for side_px in (crops.global_px, crops.local_px))
-    teacher = 2 * (blocks_global + embed_global + dino) + patches
-    student = (1.0 - recipe.model.drop_path) * (2 * blocks_global + crops.local_count * blocks_local)
-    student += (2 + crops.local_count) * dino + patches
+    return dino, dino if heads.shared else ibot
+
+
+def _looking(recipe: Recipe, arch: Arch, patches: float) -> float:
+    """The teacher's forward pass over both global crops, with heads."""
+    dino, ibot = _heads(recipe, arch)
+    embed = patch_flops(arch, recipe.crops.global_px)
+    return 2 * (_backbone(recipe, arch)[0] + embed + dino) + patches * ibot
+
+
+def _learning(recipe: Recipe, arch: Arch, patches: float) -> float:
+    """The student's forward and backward pass over all crops, with heads."""
+    crops, (dino, ibot), (large, small) = recipe.crops, _heads(recipe, arch), _backbone(recipe, arch)
+    student = (1.0 - recipe.model.drop_path) * (2 * large + crops.local_count * small)
+    student += (2 + crops.local_count) * dino + patches * ibot
     # No gradient flows into the pixels: the backward pass of the patches makes one product.
-    embedding = 2 * (2 * embed_global + crops.local_count * embed_local)
-    return teacher + _FORWARD_AND_BACKWARD * student + embedding
+    embed_large, embed_small = (patch_flops(arch, px) for px in (crops.global_px, crops.local_px))
+    return _FORWARD_AND_BACKWARD * student + 2 * (2 * embed_large + crops.local_count * embed_small)

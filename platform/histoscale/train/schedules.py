@@ -1,7 +1,8 @@
 """What changes during a run: learning rate, weight decay, EMA momentum, teacher temperature.
 
 Every schedule is a pure function of images seen, so it does not know steps, epochs or the world size. The shapes are
-DINOv2's (Oquab et al., arXiv 2304.07193): linear warm-ups and half cosines.
+DINOv2's (Oquab et al., arXiv 2304.07193): linear warm-ups and half cosines. A constant rate with a cooldown is the
+other shape of the rate: one minus a square root, which Haegele et al. (arXiv 2405.18392) found to do best.
 """
 
 import math
@@ -40,6 +41,11 @@ def _learning_rate(recipe: Recipe, images_seen: int) -> float:
     optim = recipe.optim
     if images_seen < optim.warmup_images:
         return _linear(0.0, optim.lr, images_seen / optim.warmup_images)
+    decay = optim.decay
+    if decay != "cosine":
+        left = recipe.schedule.images - images_seen
+        cooled = 1.0 - left / decay.cooldown_images if left < decay.cooldown_images else 0.0
+        return _linear(optim.lr, optim.min_lr, math.sqrt(min(cooled, 1.0)))
     after_warmup = _share(images_seen - optim.warmup_images, recipe.schedule.images - optim.warmup_images)
     return _cosine(optim.lr, optim.min_lr, after_warmup)
 
