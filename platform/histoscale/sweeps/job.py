@@ -22,6 +22,7 @@ from histoscale.evaluate.figures import PRETRAINED
 from histoscale.evaluate.networks import find_network
 from histoscale.sweeps.driver import Setting, run_trials
 from histoscale.sweeps.folder import SweepFolder, in_order
+from histoscale.sweeps.hparams import write_hparams
 from histoscale.sweeps.one_trial import latency_ms
 from histoscale.sweeps.report import scaling_page
 from histoscale.sweeps.report_students import distillation_page
@@ -191,6 +192,7 @@ def _publish(
     else:
         students = analyse_distillation(rows, teacher)
         sentence, page = students.sentence, distillation_page(students, rows, name, created)
+    write_hparams(folder.store, rows)
     tell(f"report: {folder.publish(rows, page)}")
     return sentence
 
