@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from histoscale.bench.ray_local import local_ray, own_processes
+from histoscale.checkpoint.run_record import RECIPE_KEY
 from histoscale.cluster.on_a_node import Tell, run_on_a_node
-from histoscale.cluster.run_folder import RECIPE_KEY
 from histoscale.config.archs import ARCHS
 from histoscale.config.decode import dump_recipe
 from histoscale.config.recipe import Recipe

@@ -15,10 +15,11 @@ from histoscale.checkpoint.fragments import CENTER_PREFIX, EMA, MASTER, MOMENTS,
 from histoscale.checkpoint.manifest import encode, marker_key
 from histoscale.checkpoint.parent import PARENT_KEY, Parent, open_parent, read_parent
 from histoscale.checkpoint.reader import commit_at, latest_commit
+from histoscale.checkpoint.run_record import recorded_origins
 from histoscale.checkpoint.writer import Snapshot, write_checkpoint
 from histoscale.cluster.fork import ForkSource, find_parent, fork_source, origin_of, require_same_parent
 from histoscale.cluster.pretrain import PretrainRequest, check_request
-from histoscale.cluster.run_folder import read_run, recorded_origins, start_run
+from histoscale.cluster.run_folder import read_run, start_run
 from histoscale.config.decode import decode_recipe, fingerprint, load_recipe
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, ClusterError, RecipeError, RunError

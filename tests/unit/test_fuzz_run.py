@@ -8,16 +8,14 @@ import pytest
 from tests.unit.test_fuzz_index import mutated
 
 from histoscale.checkpoint.ledger import StepRecord, encode_ledger, ledger_key, read_history, read_replacements
-from histoscale.cluster.run_folder import (
+from histoscale.checkpoint.run_record import (
     INDEX_KEY,
     ORIGINS_KEY,
     RECIPE_KEY,
-    read_run,
     recorded_index,
     recorded_origins,
-    recorded_snapshot,
-    start_run,
 )
+from histoscale.cluster.run_folder import read_run, recorded_snapshot, start_run
 from histoscale.config.decode import decode_recipe, dump_recipe, recorded_recipe
 from histoscale.config.recipe import Recipe
 from histoscale.errors import CheckpointError, HistoscaleError, RecipeError, RunError

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
+from histoscale.checkpoint.run_record import recorded_origins
 from histoscale.cluster.run_folder import (
     DEFAULT_PRECISION,
     check_same_experiment,
     read_run,
-    recorded_origins,
     require_run,
     resolve_precision,
     start_run,

@@ -1,7 +1,7 @@
 """Tiles of a run's own slides, to prove an export with: those of its last committed step, read by the plan again."""
 
 from histoscale.checkpoint.manifest import Commit
-from histoscale.cluster.run_folder import recorded_index
+from histoscale.checkpoint.run_record import recorded_index
 from histoscale.cluster.segments import next_segments, out_from, read_segments
 from histoscale.config.recipe import Recipe
 from histoscale.errors import HistoscaleError

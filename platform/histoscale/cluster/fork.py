@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from histoscale.checkpoint.parent import Parent, open_parent, parent_at, read_parent
 from histoscale.checkpoint.reader import commit_at, latest_commit, read_manifest, require_commit, require_recipe
+from histoscale.checkpoint.run_record import recorded_origins
 from histoscale.cluster.job import location
-from histoscale.cluster.run_folder import read_run, recorded_origins, require_run
+from histoscale.cluster.run_folder import read_run, require_run
 from histoscale.config.decode import differences, fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.errors import RecipeError, RunError

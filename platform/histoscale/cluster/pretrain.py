@@ -10,6 +10,7 @@ import torch
 
 from histoscale.checkpoint.parent import Parent
 from histoscale.checkpoint.reader import latest_commit
+from histoscale.checkpoint.run_record import recorded_origins
 from histoscale.cluster.bad_slides import BadSlides
 from histoscale.cluster.evaluator import evaluating
 from histoscale.cluster.fork import ForkSource, origin_of, require_same_parent
@@ -23,7 +24,6 @@ from histoscale.cluster.run_folder import (
     check_same_experiment,
     committed_step,
     read_run,
-    recorded_origins,
     recorded_snapshot,
     resolve_precision,
     start_run,

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
+from histoscale.observe.code_record import PROVENANCE_FOLDER
 from histoscale.storage import Store
 
-FOLDER = "provenance"
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SUFFIXES = frozenset({".py", ".yaml"})
 _GIT_S = 20.0
@@ -45,9 +45,9 @@ def record_provenance(store: Store, package: Path = _PACKAGE) -> str:
         commit, difference = git
         record["git"] = {"commit": commit, "difference": difference}
     text = json.dumps(record, indent=1, sort_keys=True).encode()
-    key = f"{FOLDER}/{hashlib.sha256(text).hexdigest()[:16]}.json"
+    key = f"{PROVENANCE_FOLDER}/{hashlib.sha256(text).hexdigest()[:16]}.json"
     if not store.exists(key):
-        store.put(f"{FOLDER}/source-{source_sha256[:16]}.zip", archive)
+        store.put(f"{PROVENANCE_FOLDER}/source-{source_sha256[:16]}.zip", archive)
         store.put(key, text)
     return key
 

@@ -1,22 +1,16 @@
 """The run folder: what a run is, written once and compared at every resume."""
 
 import json
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 from histoscale.checkpoint.parent import PARENT_KEY, Parent, write_parent
 from histoscale.checkpoint.reader import latest_commit
-from histoscale.config.decode import differences, dump_recipe, fingerprint, recorded_recipe
+from histoscale.checkpoint.run_record import INDEX_KEY, ORIGINS_KEY, RECIPE_KEY, find_recipe, recorded_index
+from histoscale.config.decode import differences, dump_recipe, fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.errors import RunError
 from histoscale.storage import Store
-from histoscale.storage.json_object import read_json, text_of
 
-T = TypeVar("T")
-
-RECIPE_KEY = "recipe.yaml"
-INDEX_KEY = "index.json"
-ORIGINS_KEY = "origins.json"
 DEFAULT_PRECISION = {"cuda": "bf16", "cpu": "fp32"}
 _MAY_COME_FIRST = {"lease.json", INDEX_KEY, ORIGINS_KEY, PARENT_KEY}
 
@@ -33,8 +27,9 @@ def read_run(store: Store) -> Recipe | None:
         RunError: The folder holds something else.
         RecipeError: Its recipe is damaged, or was written by another version.
     """
-    if store.exists(RECIPE_KEY):
-        return recorded_recipe(store.get(RECIPE_KEY), f"{store.uri}/{RECIPE_KEY}")
+    recipe = find_recipe(store)
+    if recipe is not None:
+        return recipe
     strangers = [info.key for info in store.list() if info.key not in _MAY_COME_FIRST]
     if strangers:
         raise RunError(
@@ -101,31 +96,6 @@ def recorded_snapshot(store: Store) -> str | None:
     return recorded_index(store)[1] if store.exists(RECIPE_KEY) else None
 
 
-def recorded_index(store: Store) -> tuple[str, str]:
-    """URI and snapshot of the index that a run was started on.
-
-    Raises:
-        RunError: The record is damaged.
-    """
-    return _read(
-        store,
-        INDEX_KEY,
-        lambda values: (text_of(values["index"]), text_of(values["snapshot_id"])),
-        "the index of the run and its snapshot",
-    )
-
-
-def recorded_origins(store: Store) -> list[str]:
-    """Lines on the weights that a run began with; see `start_run`.
-
-    Raises:
-        RunError: The record is damaged.
-    """
-    if not store.exists(ORIGINS_KEY):
-        return []
-    return _read(store, ORIGINS_KEY, _lines_of, "a list of lines on the weights that the run began with")
-
-
 def start_run(
     store: Store,
     recipe: Recipe,
@@ -149,21 +119,3 @@ def start_run(
     store.put(ORIGINS_KEY, json.dumps(list(origins), indent=1).encode())
     write_parent(store, parent)
     store.put(RECIPE_KEY, dump_recipe(recipe).encode())
-
-
-def _lines_of(values: object) -> list[str]:
-    if not isinstance(values, list):
-        raise TypeError("no list")
-    return [text_of(value) for value in values]
-
-
-def _read(store: Store, key: str, decode: Callable[[Any], T], expected: str) -> T:
-    return read_json(
-        store,
-        key,
-        decode,
-        kind=RunError,
-        what=f"{key} of run {store.uri} is damaged",
-        expected=expected,
-        remedy="restore it as the run wrote it: without it nobody can tell what the run is",
-    )

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from histoscale.checkpoint.ledger import replacements_of
 from histoscale.checkpoint.manifest import Commit
-from histoscale.cluster.run_folder import recorded_index
+from histoscale.checkpoint.run_record import recorded_index
 from histoscale.cluster.segments import out_from, read_segments
 from histoscale.config.recipe import Recipe
 from histoscale.sampling.gallery import Mpp, first_tiles

@@ -12,7 +12,8 @@ from histoscale.checkpoint.manifest import Commit
 from histoscale.checkpoint.parent import Parent, read_parent
 from histoscale.checkpoint.reader import require_commit
 from histoscale.checkpoint.retention import committed_steps
-from histoscale.cluster.run_folder import recorded_index, require_run
+from histoscale.checkpoint.run_record import recorded_index
+from histoscale.cluster.run_folder import require_run
 from histoscale.cluster.segments import out_from, read_segments
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.spec import PlanSpec

@@ -1,13 +1,13 @@
 """A network beside others: everything that is measured of them on one dataset, or on one task of expression."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from histoscale.checkpoint.run_record import find_index
 from histoscale.config.recipe import Recipe
-from histoscale.errors import DatasetError, SlideIndexError, StorageError
+from histoscale.errors import DatasetError, RunError, SlideIndexError, StorageError
 from histoscale.evaluate.assess import EvaluationPlan, Truth, assess
 from histoscale.evaluate.backbone import initial_backbone, trained_backbone
 from histoscale.evaluate.baselines import colour_statistics
@@ -21,8 +21,6 @@ from histoscale.evaluate.progress import Tell, silent
 from histoscale.evaluate.report import EvaluationReport, encode, note_best
 from histoscale.models import VisionTransformer
 from histoscale.storage import Store, open_store
-
-_INDEX_KEY = "index.json"
 
 
 @dataclass(frozen=True)
@@ -164,12 +162,15 @@ def overlap_notes(run_store: Store, dataset: LabelledTiles) -> tuple[str, ...]:
 
     Nothing is noted of datasets that tell no groups and of folders that name no index: there nothing can be looked up.
     """
-    if dataset.groups is None or not run_store.exists(_INDEX_KEY):
+    if dataset.groups is None:
         return ()
     try:
-        recorded = json.loads(run_store.get(_INDEX_KEY))
-        overlap = find_overlap(training_names(open_store(recorded["index"]), recorded["snapshot_id"]), dataset)
-    except (StorageError, SlideIndexError, DatasetError) as error:
+        index = find_index(run_store)
+        if index is None:
+            return ()
+        uri, snapshot_id = index
+        overlap = find_overlap(training_names(open_store(uri), snapshot_id), dataset)
+    except (RunError, StorageError, SlideIndexError, DatasetError) as error:
         return (f"whether training has seen slides of this dataset could not be told: {error}",)
     if not overlap.shared:
         return ()

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from histoscale.checkpoint.manifest import Commit
+from histoscale.checkpoint.run_record import find_recipe
 from histoscale.config.archs import ARCHS, Arch
-from histoscale.config.decode import fingerprint, recorded_recipe
+from histoscale.config.decode import fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.errors import ModelError
 from histoscale.evaluate.backbone import trained_backbone
@@ -21,7 +22,6 @@ from histoscale.storage import Store, open_store
 PUBLISHED_PX = 224
 """Side of the images that a network sees whose file does not say."""
 
-_RECIPE_KEY = "recipe.yaml"
 _EXPECTED = "a run folder, an export, or ARCH=FILE for a .safetensors or .pth file of published weights"
 
 
@@ -68,8 +68,9 @@ def find_network(place: str) -> Network:
     if separator and "/" not in arch:
         return _of_file(arch, file)
     store = open_store(place)
-    if store.exists(_RECIPE_KEY):
-        return _of_run(store)
+    recipe = find_recipe(store)
+    if recipe is not None:
+        return _of_run(store, recipe)
     try:
         read_export(store)
     except ModelError as error:
@@ -107,8 +108,7 @@ def require_names(networks: Sequence[Network]) -> None:
             )
 
 
-def _of_run(store: Store) -> Network:
-    recipe = recorded_recipe(store.get(_RECIPE_KEY), f"{store.uri}/{_RECIPE_KEY}")
+def _of_run(store: Store, recipe: Recipe) -> Network:
     backbone, commit = trained_backbone(store, recipe)
     return Network.of_commit(_last_part(store.uri), backbone, recipe, commit)
 

@@ -1,16 +1,16 @@
 """What a run folder tells about the model beside its weights: gathered for the card, without slide names and paths."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from histoscale.checkpoint.manifest import Commit
+from histoscale.checkpoint.run_record import find_index, recorded_origins
 from histoscale.config.recipe import Recipe
 from histoscale.errors import DatasetError, HistoscaleError
 from histoscale.evaluate.report import FOLDER, EvaluationReport, decode
 from histoscale.observe.alarms import Alarms
+from histoscale.observe.code_record import code_lines
 from histoscale.observe.metrics import read_metrics
 from histoscale.sampling.plan import Plan
 from histoscale.sampling.report import PlanReport
@@ -18,10 +18,6 @@ from histoscale.sampling.spec import PlanSpec
 from histoscale.slides.catalogue import open_catalogue
 from histoscale.storage import Store
 
-T = TypeVar("T", dict[str, Any], list[Any])
-
-_INDEX_KEY, _ORIGINS_KEY, _PROVENANCE = "index.json", "origins.json", "provenance"
-_PACKAGES = ("torch", "deepspeed", "ray")
 _MEAN_STEPS = 50
 _PATH = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*://|(?<![\w.])/)[^\s,;]*")
 
@@ -59,12 +55,11 @@ def gather(store: Store, recipe: Recipe, commit: Commit) -> About:
     Raises:
         StorageError: The run folder cannot be read.
     """
-    index = _json(store, _INDEX_KEY, {})
-    snapshot = str(index.get("snapshot_id", ""))
-    slides, plan = _plan(str(index.get("index", "")), snapshot, recipe)
+    index_uri, snapshot = find_index(store) or ("", "")
+    slides, plan = _plan(index_uri, snapshot, recipe)
     health, alarms = _health(store, recipe, commit.step)
     return About(
-        origins=tuple(without_paths(str(line), _places(recipe)) for line in _json(store, _ORIGINS_KEY, [])),
+        origins=tuple(without_paths(line, _places(recipe)) for line in recorded_origins(store)),
         snapshot=snapshot,
         slides=slides,
         plan=plan,
@@ -72,7 +67,7 @@ def gather(store: Store, recipe: Recipe, commit: Commit) -> About:
         evaluations=tuple(_evaluations(store, commit.step)),
         health=health,
         alarms=alarms,
-        code=tuple(_code(store)),
+        code=tuple(code_lines(store)),
     )
 
 
@@ -137,21 +132,3 @@ def _health(store: Store, recipe: Recipe, stop: int) -> tuple[dict[str, float] |
         return None, ()
     names = [name for name in last[-1] if name.startswith(("health/", "loss/", "optim/grad_norm"))]
     return {name: sum(each.get(name, 0.0) for each in last) / len(last) for name in names}, tuple(rung)
-
-
-def _code(store: Store) -> Iterable[str]:
-    for info in store.list(_PROVENANCE):
-        if info.key.endswith(".json"):
-            record = _json(store, info.key, {})
-            versions = record.get("packages", {})
-            packages = ", ".join(f"{name} {versions.get(name, 'unknown')}" for name in _PACKAGES)
-            git = record.get("git")
-            at = f", commit {git['commit'][:12]}{' with changes' if git['difference'] else ''}" if git else ""
-            yield f"source {record['source_sha256'][:12]}{at}, Python {record['python']}, {packages}"
-
-
-def _json(store: Store, key: str, default: T) -> T:
-    if not store.exists(key):
-        return default
-    values = json.loads(store.get(key))
-    return values if isinstance(values, type(default)) else default

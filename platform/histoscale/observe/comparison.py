@@ -8,14 +8,16 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from histoscale.checkpoint.manifest import Commit
+from histoscale.checkpoint.run_record import find_index
 from histoscale.config.decode import OUTSIDE_THE_FINGERPRINT, flat_fields
 from histoscale.config.recipe import Recipe
 from histoscale.evaluate.figures import Figure
 from histoscale.evaluate.intervals import Interval
 from histoscale.evaluate.report import EvaluationReport
+from histoscale.observe.code_record import code_line, read_provenance
 from histoscale.observe.goodput import Goodput, StepTimes, account, worker_s
 from histoscale.observe.metrics import read_metrics
-from histoscale.observe.report_sections import code_line, read_index, read_provenance, read_reports
+from histoscale.observe.report_sections import read_reports
 from histoscale.observe.timeline import Event, Kind, read_events
 from histoscale.storage import Store
 
@@ -106,7 +108,7 @@ def read_record(store: Store, recipe: Recipe, commit: Commit | None) -> RunRecor
         metrics=metrics,
         reports=read_reports(store),
         provenance=tuple(read_provenance(store)),
-        index=read_index(store) or (NOT_RECORDED, NOT_RECORDED),
+        index=find_index(store) or (NOT_RECORDED, NOT_RECORDED),
     )
 
 

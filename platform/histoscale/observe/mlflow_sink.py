@@ -15,14 +15,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from histoscale.checkpoint.reader import latest_commit
+from histoscale.checkpoint.run_record import find_index
 from histoscale.config.decode import fingerprint, flat_fields
 from histoscale.config.recipe import Recipe
 from histoscale.config.running import TrackingSection
 from histoscale.errors import DatasetError, RunError
 from histoscale.evaluate.report import FOLDER, decode
+from histoscale.observe.code_record import code_line, read_provenance
 from histoscale.observe.goodput import STEP_S
 from histoscale.observe.metrics import read_metrics
-from histoscale.observe.report_sections import code_line, read_index, read_provenance
 from histoscale.observe.timeline import read_events
 from histoscale.storage import Store
 from histoscale.storage.json_object import count_of, read_json, text_of
@@ -148,7 +149,7 @@ class MlflowSink:
             self._store.put(STATE_KEY, _encoded(sent))
         else:
             self._client.update_run(sent.run_id, status="RUNNING")
-        index = read_index(self._store)
+        index = find_index(self._store)
         tags = {
             "histoscale.run": self._store.uri,
             "histoscale.recipe": fingerprint(recipe),

@@ -1,26 +1,22 @@
 """Parts of a run's report beside time and curves: what ran, what evaluations found, what was left out, how to go on."""
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from typing import Any
 
 from histoscale.checkpoint.manifest import Commit
+from histoscale.checkpoint.run_record import find_index, recorded_origins
 from histoscale.config.recipe import Recipe
-from histoscale.errors import DatasetError, RunError
+from histoscale.errors import DatasetError
 from histoscale.evaluate.figures import BASELINES, PRETRAINED, UNTRAINED, Figure
 from histoscale.evaluate.intervals import Interval
 from histoscale.evaluate.metrics import BALANCED_ACCURACY
 from histoscale.evaluate.probes import PROBES
 from histoscale.evaluate.report import FOLDER, EvaluationReport, decode
+from histoscale.observe.code_record import code_lines
 from histoscale.observe.report_curves import Axes, line_chart
 from histoscale.observe.wording import percent, percents, points
 from histoscale.storage import Store
-from histoscale.storage.json_object import read_json, text_of
-
-_INDEX_KEY, _ORIGINS_KEY, _PROVENANCE = "index.json", "origins.json", "provenance"
-_PACKAGES = ("torch", "deepspeed", "ray")
 
 Cells = Sequence[str]
 _ON_ONE_LINE = 22
@@ -36,12 +32,11 @@ def what_ran(store: Store, recipe: Recipe) -> str:
         ("batch", f"{batch.replicas} replicas of {batch.per_replica} tiles, ZeRO {recipe.cluster.zero_stage}"),
         ("magnifications, by weight", mix),
     ]
-    index = read_index(store)
+    index = find_index(store)
     if index is not None:
         rows.append(("index", f"{index[0]}, snapshot {index[1]}"))
-    if store.exists(_ORIGINS_KEY):
-        rows += [("learns from", line) for line in json.loads(store.get(_ORIGINS_KEY))]
-    rows += [("code", line) for line in _code(store)]
+    rows += [("learns from", line) for line in recorded_origins(store)]
+    rows += [("code", line) for line in code_lines(store)]
     return text_table(rows)
 
 
@@ -76,7 +71,7 @@ def quarantined(commit: Commit | None) -> str:
 
 def how_to_go_on(store: Store, recipe: Recipe, committed: int) -> str:
     """The commands that continue, evaluate and export the run."""
-    index = (read_index(store) or ("INDEX", ""))[0]
+    index = (find_index(store) or ("INDEX", ""))[0]
     run = shlex.quote(store.uri)
     lines = [f"python jobs/export.py --run {run} --format timm --out DIR"]
     lines.insert(0, f"python jobs/evaluate.py --run {run} --dataset DIR")
@@ -162,67 +157,6 @@ def _robustness(report: EvaluationReport) -> str:
         for each in report.robustness
     ]
     return text_table(rows, heads) if rows else ""
-
-
-def read_provenance(store: Store) -> list[dict[str, Any]]:
-    """What a run records of the code that trained it: a record for each different code.
-
-    Raises:
-        RunError: A record is damaged.
-    """
-    return [_record(store, info.key) for info in store.list(_PROVENANCE) if info.key.endswith(".json")]
-
-
-def _record(store: Store, key: str) -> dict[str, Any]:
-    def decoded(values: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever the file holds
-        record = {name: text_of(values[name]) for name in ("source_sha256", "python", "platform")}
-        git = values.get("git")
-        told = {"commit": text_of(git["commit"]), "difference": text_of(git["difference"])} if git else None
-        return {**record, "packages": {name: text_of(at) for name, at in values["packages"].items()}, "git": told}
-
-    return read_json(
-        store,
-        key,
-        decoded,
-        kind=RunError,
-        what=f"{key} of run {store.uri} is damaged",
-        expected="the code and the packages that trained the run",
-        remedy=f"delete {key}: only the report knows less without it",
-    )
-
-
-def read_index(store: Store) -> tuple[str, str] | None:
-    """URI and snapshot of the index of a run; None where it records none.
-
-    Raises:
-        RunError: The record is damaged.
-    """
-    if not store.exists(_INDEX_KEY):
-        return None
-    return read_json(
-        store,
-        _INDEX_KEY,
-        lambda values: (text_of(values["index"]), text_of(values["snapshot_id"])),
-        kind=RunError,
-        what=f"{_INDEX_KEY} of run {store.uri} is damaged",
-        expected="the index of the run and its snapshot",
-        remedy="restore it as the run wrote it",
-    )
-
-
-def code_line(record: Mapping[str, Any]) -> str:
-    """The code of a record of provenance: its hash, and its commit where it is known."""
-    git = record.get("git")
-    at = f", commit {git['commit'][:12]}{' and changes' if git['difference'] else ''}" if git else ""
-    return f"source {record['source_sha256'][:12]}{at}"
-
-
-def _code(store: Store) -> list[str]:
-    lines = []
-    for record in read_provenance(store):
-        packages = ", ".join(f"{name} {record['packages'].get(name, 'unknown')}" for name in _PACKAGES)
-        lines.append(f"{code_line(record)}, Python {record['python']}, {packages}")
-    return lines
 
 
 def _mpp(mpp: float | tuple[float, float]) -> str:

@@ -6,15 +6,14 @@ from typing import TypeAlias
 
 from histoscale.checkpoint.manifest import Commit
 from histoscale.checkpoint.reader import require_commit, require_recipe
+from histoscale.checkpoint.run_record import RECIPE_KEY, find_recipe
 from histoscale.config.archs import ARCHS
-from histoscale.config.decode import fingerprint, recorded_recipe
+from histoscale.config.decode import fingerprint
 from histoscale.config.recipe import DistillSection, ModelSection, Recipe
 from histoscale.errors import ModelError, RecipeError
 from histoscale.export.exported import read_export
 from histoscale.models.published import fetched, located
 from histoscale.storage import open_store
-
-_RECIPE_KEY = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -129,13 +128,13 @@ def _targets_of(recipe: Recipe) -> dict[str, object]:
 
 def _find_run(uri: str) -> TeacherRun:
     store = open_store(uri)
-    if not store.exists(_RECIPE_KEY):
+    recipe = find_recipe(store)
+    if recipe is None:
         raise ModelError(
             f"the teacher at {store.uri} is not a run folder",
-            expected=f"the --out of jobs/pretrain.py, with a {_RECIPE_KEY} in it",
+            expected=f"the --out of jobs/pretrain.py, with a {RECIPE_KEY} in it",
             remedy="correct distill.teacher; an export or published weights need distill.mode=features",
         )
-    recipe = recorded_recipe(store.get(_RECIPE_KEY), f"{store.uri}/{_RECIPE_KEY}")
     if recipe.distill is not None and recipe.distill.mode == "features":
         raise ModelError(
             f"the teacher at {store.uri} has no heads: it was distilled from features itself",
