@@ -191,23 +191,40 @@ def test_a_withdrawn_slide_is_in_no_picture_new_or_old(run: Store, index: Store)
     write_step_page(run, recipe_of(), require_commit(run), 2)
     assert out in run.get("steps/step-2.html").decode()
     append_exclusion(index, [out])
-    write_report(run, recipe_of(), latest_commit(run))
-    page = run.get("report.html").decode()
-    hidden = [shown for shown in old.pictures if out in shown.slides]
-    assert page.count("shows a slide that was withdrawn") == len(hidden) > 0
-    assert page.count("data:image/webp") == len(ALL) - len(hidden)
-
     drawn_run.commit(run, 6, 9)
     new = draw_run(run, recipe_of(), CPU)
     assert [shown.name for shown in new.pictures] == ALL
     assert all(out not in shown.slides for shown in new.pictures)
-    assert [out not in shown.slides for shown in read_sets(run)[0].pictures]
-    assert not any(run.exists(shown.file) for shown in hidden)
+    assert all(out not in shown.slides for shown in read_sets(run)[0].pictures)
+    assert not any(run.exists(shown.file) for shown in old.pictures if out in shown.slides)
     assert not run.exists("steps/step-2.html")
     assert not any(run.exists(key) for key in old.events)
     assert "older pictures were deleted" in new.left_out[0]
     assert len([info for info in run.list("events/pictures")]) == 1
     assert all(tiles_of(run).catalogue.slide_id(tile.row) != out for tile in tiles_of(run).of_step(2))
+
+
+def test_a_report_after_the_last_commit_removes_what_shows_a_slide_that_was_withdrawn(run: Store, index: Store) -> None:
+    old = draw_run(run, recipe_of(), CPU)
+    out = old.find("tiles").slides[0]
+    write_step_page(run, recipe_of(), require_commit(run), 2)
+    append_exclusion(index, [out])
+    write_report(run, recipe_of(), latest_commit(run))
+    hidden = [shown for shown in old.pictures if out in shown.slides]
+    assert len(hidden) > 0
+    assert not any(run.exists(key) for key in ("steps/step-2.html", *old.events, *(shown.file for shown in hidden)))
+    page = run.get("report.html").decode()
+    assert "steps/step-2.html" not in page
+    assert page.count("data:image/webp") == len(ALL) - len(hidden)
+    assert f"{len(hidden)} pictures that showed a slide which was withdrawn later" in page
+
+
+def test_a_step_page_goes_with_its_slide_where_no_pictures_were_drawn(run: Store, index: Store) -> None:
+    write_step_page(run, recipe_of(), require_commit(run), 2)
+    for out in IDS:
+        append_exclusion(index, [out])
+    write_report(run, recipe_of(), latest_commit(run))
+    assert not run.exists("steps/step-2.html")
 
 
 def test_without_the_index_what_is_left_is_drawn_and_nothing_is_shown(run: Store, index: Store) -> None:

@@ -1,13 +1,21 @@
 """The part of a run's report that shows tissue: spikes with the way to their tiles, and pictures of a checkpoint."""
 
 import base64
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from histoscale.checkpoint.run_record import recorded_index
 from histoscale.errors import HistoscaleError
-from histoscale.observe.picture_store import PictureSet, Shown, read_sets, step_page_key
+from histoscale.observe.picture_store import (
+    FOLDER,
+    STEPS_FOLDER,
+    PictureSet,
+    Shown,
+    read_sets,
+    remove_withdrawn,
+    step_page_key,
+)
 from histoscale.observe.spikes import WATCHED, Spike, largest_spikes
 from histoscale.observe.tile_pictures import NEIGHBOURS
 from histoscale.slides.exclusions import read_exclusions
@@ -16,13 +24,14 @@ from histoscale.storage import Store, open_store
 
 _MOST_BYTES = 2_000_000  # of pictures within the page; the rest is linked
 _MOST_SPIKES = 10
-_INDEX_KEY = "index.json"
 
 Section = tuple[str, str]
 
 
 def picture_sections(store: Store, metrics: Sequence[Mapping[str, float]]) -> list[Section]:
     """Headings and HTML of spikes and pictures; what cannot be shown says why.
+
+    First every picture and every page of a step that shows a slide which was withdrawn since is deleted.
 
     Args:
         store: The run folder.
@@ -31,16 +40,16 @@ def picture_sections(store: Store, metrics: Sequence[Mapping[str, float]]) -> li
     Raises:
         StorageError: The run folder cannot be read.
     """
-    sections = []
-    if metrics:
-        sections.append(("Spikes, and the tiles of a step", _spikes(store, largest_spikes(metrics, _MOST_SPIKES))))
     try:
+        if any(True for folder in (FOLDER, STEPS_FOLDER) for _ in store.list(folder)):
+            remove_withdrawn(store, _withdrawn(store))
         sets = read_sets(store)
-        if sets:
-            sections += _pictures(store, sets, _withdrawn(store))
+        pictures = _pictures(store, sets) if sets else []
     except HistoscaleError as error:
-        sections.append(("Pictures", f"<p>Not shown: {escape(str(error))}</p>"))
-    return sections
+        pictures = [("Pictures", f"<p>Not shown: {escape(str(error))}</p>")]
+    if not metrics:
+        return pictures
+    return [("Spikes, and the tiles of a step", _spikes(store, largest_spikes(metrics, _MOST_SPIKES))), *pictures]
 
 
 def _spikes(store: Store, spikes: Sequence[Spike]) -> str:
@@ -51,7 +60,7 @@ def _spikes(store: Store, spikes: Sequence[Spike]) -> str:
     )
     if not spikes:
         return f"<p>Neither the loss nor the gradient norm has a step that stands out from those around it.</p>{way}"
-    pages = {info.key for info in store.list("steps")}
+    pages = {info.key for info in store.list(STEPS_FOLDER)}
     rows = "".join(_spike(spike, pages) for spike in sorted(spikes, key=lambda spike: spike.step))
     heads = "".join(f"<th>{head}</th>" for head in ("step", "curve", "value", "median around", "its tiles"))
     note = (
@@ -70,15 +79,15 @@ def _spike(spike: Spike, pages: set[str]) -> str:
 
 def _withdrawn(store: Store) -> frozenset[str]:
     """Slides that must not be shown; without the index nobody knows them, so that nothing is shown."""
-    record = json.loads(store.get(_INDEX_KEY))
-    index = open_store(record["index"])
-    read_snapshot(index, record["snapshot_id"])
+    uri, snapshot_id = recorded_index(store)
+    index = open_store(uri)
+    read_snapshot(index, snapshot_id)
     return frozenset(slide_id for one in read_exclusions(index) for slide_id in one.slide_ids)
 
 
-def _pictures(store: Store, sets: Sequence[PictureSet], withdrawn: frozenset[str]) -> list[Section]:
+def _pictures(store: Store, sets: Sequence[PictureSet]) -> list[Section]:
     newest = sets[-1]
-    page, sections = _Page(store, withdrawn), []
+    page, sections = _Page(store), []
     for shown in newest.pictures:
         first = sets[0].find(shown.name) if len(sets) > 1 and shown.name == NEIGHBOURS else None
         body = (
@@ -101,13 +110,11 @@ def _compared(page: "_Page", first: Shown, first_step: int, newest: Shown, newes
 class _Page:
     """Puts pictures into the page for as long as there is room, and links the others."""
 
-    def __init__(self, store: Store, withdrawn: frozenset[str]) -> None:
-        self._store, self._withdrawn, self._room_bytes = store, withdrawn, _MOST_BYTES
+    def __init__(self, store: Store) -> None:
+        self._store, self._room_bytes = store, _MOST_BYTES
 
     def figure(self, shown: Shown, step: int) -> str:
         """A picture under the step of its checkpoint."""
-        if self._withdrawn & set(shown.slides):
-            return f"<p>The picture of step {step:,} shows a slide that was withdrawn since, and is not shown.</p>"
         data = base64.b64encode(self._store.get(shown.file)).decode()
         link = escape(shown.file)
         if len(data) > self._room_bytes:
