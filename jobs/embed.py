@@ -44,7 +44,7 @@ def main() -> None:
 
     from histoscale.cluster.embedding import EmbeddingPlan, embed_slides, workforce
     from histoscale.cluster.run_folder import require_run
-    from histoscale.embeddings.network import find_network
+    from histoscale.embeddings.network import find_ref
     from histoscale.embeddings.progress import EmbeddingProgress
     from histoscale.embeddings.selection import Selection
     from histoscale.embeddings.tiling import Tiling
@@ -52,7 +52,7 @@ def main() -> None:
 
     selection = Selection.parse(arguments.slides, arguments.where, arguments.limit)
     weights = open_store(location(arguments.run or arguments.export, "--run or --export"))
-    network = find_network(weights, require_run(weights) if arguments.run else None, arguments.step)
+    network = find_ref(weights, require_run(weights) if arguments.run else None, arguments.step)
     plan = EmbeddingPlan(
         location(arguments.index, "--index"),
         location(arguments.out, "--out"),

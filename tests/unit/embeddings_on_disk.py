@@ -11,7 +11,7 @@ from histoscale.config.decode import decode_recipe
 from histoscale.config.recipe import Recipe
 from histoscale.embeddings.files import SlideTiles, write_embedding
 from histoscale.embeddings.folder import begin
-from histoscale.embeddings.network import Network, network_of_export
+from histoscale.embeddings.network import NetworkRef, ref_of_export
 from histoscale.embeddings.spec import EmbeddingSpec
 from histoscale.embeddings.tiling import Tiling
 from histoscale.evaluate.backbone import initial_backbone
@@ -60,11 +60,11 @@ def small_recipe(arch: str = "vit_test14", global_px: int = 56) -> Recipe:
     )
 
 
-def exported_network(folder: Path, recipe: Recipe | None = None) -> Network:
+def exported_network(folder: Path, recipe: Recipe | None = None) -> NetworkRef:
     """The network of a new export of the weights that a recipe begins with."""
     recipe = recipe or small_recipe()
     publish_weights(folder, initial_backbone(recipe), recipe)
-    return network_of_export(open_store(folder))
+    return ref_of_export(open_store(folder))
 
 
 def a_spec(**changes: Any) -> EmbeddingSpec:

@@ -25,7 +25,7 @@ from histoscale.embeddings.files import (
     write_embedding,
 )
 from histoscale.embeddings.folder import LEFT_OUT, MANIFEST, LeftOut, begin, read_folder, unchanged, write_left_out
-from histoscale.embeddings.network import TileEmbedder, find_network
+from histoscale.embeddings.network import TileEmbedder, find_ref
 from histoscale.embeddings.progress import EmbeddingProgress
 from histoscale.embeddings.reading import NO_TILE, TOO_COARSE, Source, TileReader, kept_tiles, tiles_of
 from histoscale.embeddings.selection import Selection
@@ -257,16 +257,16 @@ def test_a_condition_is_a_column_and_one_of_its_values() -> None:
 def test_the_network_of_a_run_is_its_teacher_at_the_step(tmp_path: Path) -> None:
     recipe = tiny_recipe()
     store = committed_run(tmp_path, recipe)
-    network = find_network(store, recipe, None)
-    assert network == find_network(store, recipe, 2)
+    network = find_ref(store, recipe, None)
+    assert network == find_ref(store, recipe, 2)
     assert (network.name, network.image_px) == ("vit_test14-step-2", recipe.crops.global_px)
     wanted = trained_backbone(store, recipe)[0].state_dict()
     for name, tensor in network.load().state_dict().items():
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=0)
     with pytest.raises(CheckpointError, match="has no checkpoint of step 3"):
-        find_network(store, recipe, 3)
+        find_ref(store, recipe, 3)
     with pytest.raises(CheckpointError, match="belongs to another recipe"):
-        find_network(store, tiny_recipe(seed=1), None)
+        find_ref(store, tiny_recipe(seed=1), None)
 
 
 def test_tiles_and_steps_that_the_network_cannot_take_are_refused(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_tiles_and_steps_that_the_network_cannot_take_are_refused(tmp_path: Path
         network.require_tile(60)
     network.require_tile(70)
     with pytest.raises(EmbeddingError, match="an export has no steps"):
-        find_network(open_store(tmp_path / "export"), None, 3)
+        find_ref(open_store(tmp_path / "export"), None, 3)
     other = replace(network, fingerprint="sha256:1")
     with pytest.raises(EmbeddingError, match="the export is another one by now"):
         other.load()
@@ -388,7 +388,7 @@ def test_a_workforce_that_cannot_be_is_refused(asked: Any, message: str) -> None
 def test_progress_tells_rates_and_the_time_left() -> None:
     progress = EmbeddingProgress(total=10, before=2, done=3, left_out=1, tiles=300, seconds=20.0)
     assert progress.line() == (
-        "6 of 10 slides, 300 tiles, 2 slides done before, 1 left out, 15.0 tiles/s, 0.15 slides/s, 20 s left"
+        "6 of 10 slides, 300 tiles, 2 slides done before, 1 left out, 15.0 tiles/s, 0.15 slides/s, 20.0 s left"
     )
     assert not progress.is_over
     assert EmbeddingProgress(1, 1, 0, 0, 0, 0.0).line() == "1 of 1 slides, 0 tiles, 1 slides done before"

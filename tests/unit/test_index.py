@@ -283,9 +283,9 @@ def test_progress_says_what_is_done_and_when_it_ends() -> None:
     assert IndexProgress(4, 0, 0, 0, 0.0).line() == "0 of 4 slides: 0 accepted, 0 refused"
     half = IndexProgress(10, 2, 1, 1, 0.5)
     assert (half.done, half.eta_s) == (4, 12.0)
-    assert half.line() == "4 of 10 slides: 2 accepted, 1 refused, 1 unchanged, 0.50 slides/s, 12 s left"
+    assert half.line() == "4 of 10 slides: 2 accepted, 1 refused, 1 unchanged, 0.50 slides/s, 12.0 s left"
     lost = IndexProgress(10, 2, 1, 1, 0.5, unreachable=2)
-    assert lost.line() == "6 of 10 slides: 2 accepted, 1 refused, 1 unchanged, 2 unreachable, 0.50 slides/s, 8 s left"
+    assert lost.line() == "6 of 10 slides: 2 accepted, 1 refused, 1 unchanged, 2 unreachable, 0.50 slides/s, 8.0 s left"
     assert IndexProgress(4, 0, 0, 4, 0.0).line() == "4 of 4 slides: 0 accepted, 0 refused, 4 unchanged"
 
 

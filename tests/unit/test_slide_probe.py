@@ -256,7 +256,7 @@ def test_counts_become_lines_now_and_then() -> None:
         now[0] += 1.0
         steps.tell("slides read", done, 10)
     assert lines == [
-        "slides read: 6 of 10, 1.20 per s, 3 s left",
+        "slides read: 6 of 10, 1.20 per s, 3.3 s left",
         "slides read: 10 of 10, 1.11 per s",
     ]
 

@@ -13,7 +13,8 @@ from histoscale.errors import RunError, StorageError, SweepError
 from histoscale.storage import open_store
 from histoscale.sweeps import one_trial
 from histoscale.sweeps.driver import waves
-from histoscale.sweeps.folder import SweepFolder, in_order
+from histoscale.sweeps.folder import SPEC, SweepFolder, in_order
+from histoscale.sweeps.job import _teacher_scores
 from histoscale.sweeps.one_trial import Judged, TrialTask, run_trial
 from histoscale.sweeps.rows import from_json, row_of, to_json
 from histoscale.sweeps.spec import EvaluationSpec, Resources, ScalingSpec
@@ -35,6 +36,24 @@ def test_a_folder_is_one_sweeps(tmp_path: Path) -> None:
     folder.begin({"spec": {"seeds": [0]}, "index": "/index"})
     with pytest.raises(SweepError, match=r"is the folder of another sweep .*index is /other.*expected /index"):
         folder.begin({"spec": {"seeds": [0]}, "index": "/other"})
+
+
+@pytest.mark.parametrize("damage", [b"{", b"3"])
+def test_a_damaged_record_of_what_is_tried_is_a_diagnosis(tmp_path: Path, damage: bytes) -> None:
+    folder = folder_at(tmp_path)
+    folder.begin({"index": "/index"})
+    folder.store.put(SPEC, damage)
+    with pytest.raises(SweepError, match=rf"{SPEC} of sweep .* is damaged .*Restore it"):
+        folder.begin({"index": "/index"})
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[]", b'{"name": "a"}'])
+def test_damaged_scores_of_the_teacher_are_a_diagnosis(tmp_path: Path, damage: bytes) -> None:
+    folder = folder_at(tmp_path)
+    folder.store.put("teacher.json", damage)
+    evaluation = ScalingSpec.model_validate(SCALING).evaluation
+    with pytest.raises(SweepError, match=r"teacher.json of sweep .* is damaged .*Delete teacher.json"):
+        _teacher_scores("/run", evaluation, folder, lambda line: None)
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from histoscale.cluster.embedding_pipeline import BATCH_TILES, Embedded, Embeddi
 from histoscale.config.decode import decode_recipe, fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.embeddings.files import SlideTiles, read_embedding
-from histoscale.embeddings.network import FP32, Network, TileEmbedder, network_of_export
+from histoscale.embeddings.network import FP32, NetworkRef, TileEmbedder, ref_of_export
 from histoscale.embeddings.reading import Source, tiles_of
 from histoscale.embeddings.spec import EmbeddingSpec
 from histoscale.embeddings.tiling import Tiling
@@ -90,10 +90,10 @@ def _make_slide(path: Path) -> Path:
     return path
 
 
-def _export(folder: Path, arch: str) -> Network:
+def _export(folder: Path, arch: str) -> NetworkRef:
     recipe = decode_recipe({"model": {"arch": arch}})
     publish_weights(folder, initial_backbone(recipe), recipe)
-    return network_of_export(open_store(folder))
+    return ref_of_export(open_store(folder))
 
 
 def publish_weights(folder: Path, backbone: VisionTransformer, recipe: Recipe) -> None:
@@ -117,11 +117,11 @@ def publish_weights(folder: Path, backbone: VisionTransformer, recipe: Recipe) -
         publish(open_store(folder), Path(scratch), marker)
 
 
-def _spec(network: Network) -> EmbeddingSpec:
+def _spec(network: NetworkRef) -> EmbeddingSpec:
     return EmbeddingSpec(_TILING, network.fingerprint, network.arch, "cls_mean", "float32", FP32)
 
 
-def _ours(folder: Path, catalogue: Catalogue, network: Network) -> _Rate:
+def _ours(folder: Path, catalogue: Catalogue, network: NetworkRef) -> _Rate:
     """From the first batch that is handed out to the file, without the start of the processes."""
     source = Source(catalogue.index_uri, catalogue.snapshot_id, _spec(network), folder / "copies", 2**30)
     pipeline = EmbeddingPipeline(catalogue, source, network, _out(folder, network), Workforce(1, 1, "cpu"))
@@ -135,7 +135,7 @@ def _ours(folder: Path, catalogue: Catalogue, network: Network) -> _Rate:
     raise DatasetError("the slide was not embedded", expected="a slide with tissue")
 
 
-def _loop(folder: Path, catalogue: Catalogue, network: Network, slide: Path) -> tuple[_Rate, float]:
+def _loop(folder: Path, catalogue: Catalogue, network: NetworkRef, slide: Path) -> tuple[_Rate, float]:
     """The loop, and how far its features are from ours at most."""
     tiles = tiles_of(catalogue, 0, _TILING)
     if not isinstance(tiles, SlideTiles):
@@ -156,5 +156,5 @@ def _loop(folder: Path, catalogue: Catalogue, network: Network, slide: Path) -> 
     return rate, float(np.abs(np.concatenate(found) - ours).max())
 
 
-def _out(folder: Path, network: Network) -> str:
+def _out(folder: Path, network: NetworkRef) -> str:
     return str(folder / "out" / network.arch)

@@ -22,7 +22,7 @@ from histoscale.embeddings.folder import (
     unchanged,
     write_left_out,
 )
-from histoscale.embeddings.network import BF16, FP32, Network
+from histoscale.embeddings.network import BF16, FP32, NetworkRef
 from histoscale.embeddings.progress import EmbeddingProgress
 from histoscale.embeddings.reading import Source
 from histoscale.embeddings.selection import Selection
@@ -60,7 +60,7 @@ class EmbeddingPlan:
 
     index_uri: str
     out_uri: str
-    network: Network
+    network: NetworkRef
     tiling: Tiling
     embedding: str
     dtype: str

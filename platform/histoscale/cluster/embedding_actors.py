@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from histoscale.embeddings.files import SlideTiles, write_embedding
-from histoscale.embeddings.network import Network, TileEmbedder
+from histoscale.embeddings.network import NetworkRef, TileEmbedder
 from histoscale.embeddings.reading import Batch, Source, TileReader
 from histoscale.embeddings.tiling import Coords
 from histoscale.storage import open_store
@@ -75,7 +75,7 @@ class EmbedderActor:
         device: `cuda` or `cpu`.
     """
 
-    def __init__(self, network: Network, source: Source, device: str) -> None:
+    def __init__(self, network: NetworkRef, source: Source, device: str) -> None:
         self._network = network
         self._spec = source.spec
         self._device = torch.device(device)

@@ -20,7 +20,7 @@ from histoscale.cluster.embedding_actors import Done, EmbedderActor, ReaderActor
 from histoscale.cluster.failures import diagnosis_in, found_in
 from histoscale.embeddings.files import SlideTiles
 from histoscale.embeddings.folder import LeftOut
-from histoscale.embeddings.network import Network
+from histoscale.embeddings.network import NetworkRef
 from histoscale.embeddings.reading import Source, kept_tiles, tiles_of
 from histoscale.embeddings.tiling import reading_order
 from histoscale.errors import ClusterError
@@ -116,7 +116,7 @@ class EmbeddingPipeline:
     """
 
     def __init__(
-        self, catalogue: Catalogue, source: Source, network: Network, out_uri: str, workforce: Workforce
+        self, catalogue: Catalogue, source: Source, network: NetworkRef, out_uri: str, workforce: Workforce
     ) -> None:
         self._catalogue = catalogue
         self._source = source

@@ -23,7 +23,7 @@ BF16, FP32 = "bf16", "fp32"
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkRef:
     """Weights that can be found again.
 
     Attributes:
@@ -84,7 +84,7 @@ class Network:
             )
 
 
-def find_network(store: Store, recipe: Recipe | None, step: int | None) -> Network:
+def find_ref(store: Store, recipe: Recipe | None, step: int | None) -> NetworkRef:
     """The teacher of a run, where there is a recipe, or the network of an export.
 
     Raises:
@@ -92,15 +92,15 @@ def find_network(store: Store, recipe: Recipe | None, step: int | None) -> Netwo
         HistoscaleError: There is none, or none of this step.
     """
     if recipe is not None:
-        return network_of_run(store, recipe, step)
+        return ref_of_run(store, recipe, step)
     if step is not None:
         raise EmbeddingError(
             "an export has no steps", value=f"--step {step}", expected="--run", remedy="leave --step out"
         )
-    return network_of_export(store)
+    return ref_of_export(store)
 
 
-def network_of_run(store: Store, recipe: Recipe, step: int | None = None) -> Network:
+def ref_of_run(store: Store, recipe: Recipe, step: int | None = None) -> NetworkRef:
     """The teacher of a run at its newest commit, or at that of a step.
 
     Raises:
@@ -109,7 +109,7 @@ def network_of_run(store: Store, recipe: Recipe, step: int | None = None) -> Net
     commit = require_commit(store) if step is None else commit_at(store, step)
     require_recipe(commit, fingerprint(recipe))
     model = recipe.model
-    return Network(
+    return NetworkRef(
         name=f"{model.arch}-step-{commit.step}",
         arch=model.arch,
         qk_norm=model.qk_norm,
@@ -121,7 +121,7 @@ def network_of_run(store: Store, recipe: Recipe, step: int | None = None) -> Net
     )
 
 
-def network_of_export(store: Store) -> Network:
+def ref_of_export(store: Store) -> NetworkRef:
     """The network of an export.
 
     Raises:
@@ -130,7 +130,7 @@ def network_of_export(store: Store) -> Network:
     export = read_export(store)
     marker = export.marker
     name = f"{marker.arch}-{export.sha256[:8]}"
-    return Network(name, marker.arch, marker.qk_norm, marker.image_px, f"sha256:{export.sha256}", store.uri)
+    return NetworkRef(name, marker.arch, marker.qk_norm, marker.image_px, f"sha256:{export.sha256}", store.uri)
 
 
 class TileEmbedder:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from histoscale.units import describe_duration
+
 Tell: TypeAlias = Callable[[str, int, int], None]
 """Takes what is counted (`slides read`), how many there are so far, and how many there will be."""
 SECONDS_BETWEEN_LINES = 5.0
@@ -50,7 +52,7 @@ class EmbeddingProgress:
             text += f", {self.left_out} left out"
         if self.tiles and self.seconds:
             text += f", {self.tiles / self.seconds:.1f} tiles/s, {self.done / self.seconds:.3g} slides/s"
-        return text if self.eta_s in (0.0, float("inf")) else f"{text}, {self.eta_s:.0f} s left"
+        return text if self.eta_s in (0.0, float("inf")) else f"{text}, {describe_duration(self.eta_s)} left"
 
 
 class CountedSteps:
@@ -75,6 +77,6 @@ class CountedSteps:
             return
         self._said_s = now_s
         took_s = now_s - self._start_s
-        left = f", {took_s / done * (total - done):.0f} s left" if done < total else ""
+        left = f", {describe_duration(took_s / done * (total - done))} left" if done < total else ""
         rate = f", {done / took_s:.2f} per s" if took_s else ""
         self._say(f"{what}: {done} of {total}{rate}{left}")

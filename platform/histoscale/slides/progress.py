@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from histoscale.units import describe_duration
+
 
 @dataclass(frozen=True)
 class IndexProgress:
@@ -36,7 +38,9 @@ class IndexProgress:
 
     def line(self) -> str:
         """The progress as a line."""
-        eta = "" if not self.slides_per_s else f", {self.slides_per_s:.2f} slides/s, {self.eta_s:.0f} s left"
+        eta = (
+            "" if not self.slides_per_s else f", {self.slides_per_s:.2f} slides/s, {describe_duration(self.eta_s)} left"
+        )
         kept = f", {self.reused} unchanged" if self.reused else ""
         lost = f", {self.unreachable} unreachable" if self.unreachable else ""
         return f"{self.done} of {self.total} slides: {self.accepted} accepted, {self.refused} refused{kept}{lost}{eta}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from histoscale.errors import SweepError
 from histoscale.storage import Store, join
+from histoscale.storage.json_object import read_json
 from histoscale.sweeps.rows import TrialRow, from_json, to_csv, to_json, to_parquet
 from histoscale.sweeps.trial import Trial
 
@@ -47,7 +48,15 @@ class SweepFolder:
                 )
             self.store.put(SPEC, json.dumps(wanted, indent=1).encode())
             return
-        recorded = json.loads(self.store.get(SPEC))
+        recorded: dict[str, Any] = read_json(
+            self.store,
+            SPEC,
+            dict,
+            kind=SweepError,
+            what=f"{SPEC} of sweep {self.store.uri} is damaged",
+            expected="what the sweep tries",
+            remedy="restore it as the sweep wrote it, or give another --out",
+        )
         differing = sorted(name for name in {*recorded, *wanted} if recorded.get(name) != wanted.get(name))
         if differing:
             raise SweepError(

@@ -13,13 +13,14 @@ import torch
 from histoscale.cluster.on_a_node import run_on_a_node
 from histoscale.config.decode import decode_recipe, read_yaml
 from histoscale.config.recipe import Recipe
-from histoscale.errors import RecipeError
+from histoscale.errors import RecipeError, SweepError
 from histoscale.evaluate.assess import EvaluationPlan
 from histoscale.evaluate.comparison import Comparison
 from histoscale.evaluate.datasets import open_dataset
 from histoscale.evaluate.embed import Embedder
 from histoscale.evaluate.figures import PRETRAINED
 from histoscale.evaluate.networks import find_network
+from histoscale.storage.json_object import read_json
 from histoscale.sweeps.driver import Setting, run_trials
 from histoscale.sweeps.folder import SweepFolder, in_order
 from histoscale.sweeps.hparams import write_hparams
@@ -157,9 +158,7 @@ def _planned(request: SweepRequest, spec: SweepSpec, trials: tuple[Trial, ...], 
 
 def _teacher_recipe(values: dict[str, Any], spec: SweepSpec) -> Recipe:
     recipe = decode_recipe(values, [f"{name}={json.dumps(value)}" for name, value in spec.set.items()])
-    if recipe.distill is None:
-        raise RecipeError("the sweep has no teacher", expected="a run folder or an export", remedy="give --teacher")
-    return taught_by(recipe, find_teacher(recipe, recipe.distill))
+    return recipe if recipe.distill is None else taught_by(recipe, find_teacher(recipe, recipe.distill))
 
 
 def _search(planned: PlannedSweep, tell: Tell) -> list[TrialRow]:
@@ -200,7 +199,15 @@ def _publish(
 def _teacher_scores(place: str, evaluation: EvaluationSpec, folder: SweepFolder, tell: Tell) -> TeacherScores:
     """What the teacher reaches, measured once."""
     if folder.store.exists(_TEACHER):
-        return TeacherScores(**json.loads(folder.store.get(_TEACHER)))
+        return read_json(
+            folder.store,
+            _TEACHER,
+            lambda values: TeacherScores(**values),
+            kind=SweepError,
+            what=f"{_TEACHER} of sweep {folder.store.uri} is damaged or of another version of histoscale",
+            expected="what the sweep measured of its teacher",
+            remedy=f"delete {_TEACHER}, and run the sweep again, which measures the teacher anew",
+        )
     found = run_on_a_node(lambda device, say: _judge_teacher(place, evaluation, device, say), 1, tell)
     folder.store.put(_TEACHER, json.dumps(asdict(found), indent=1).encode())
     return found
