@@ -133,6 +133,26 @@ def test_a_fork_succeeds_a_dead_driver_and_begins_from_a_checkpoint_under_anothe
     assert "was not forked from there" in done.stderr.splitlines()[-1]
 
 
+def test_an_alarm_is_recorded_and_stops_the_run_with_a_commit(head: LocalHead, index: Path, tmp_path: Path) -> None:
+    run = tmp_path / "alarm"
+    still = ["--set", "optim.lr=1e-8", "--set", "on_alarm=stop", "--set", "cluster.workers=1"]  # tokens stay alike
+    job = Submission(head, command(index, run, *still))
+    text = job.finish()
+    assert job.status == 1, text
+    told = re.search(r"warning: (the model collapses: since step \d+ .*)", text)
+    assert told, text
+    assert "an alarm has stopped the run, whose last step is committed" in text
+    store = open_store(run)
+    commit, events = latest_commit(store), read_events(store)
+    assert commit is not None
+    rung, *_ = [event for event in events if event.kind is Kind.ALARM]
+    assert told[1].startswith(rung.reason)
+    assert commit.step == rung.step + 1 < STEPS
+    report = run_directly("report.py", str(run))
+    assert report.returncode == 0, report.stderr
+    assert rung.reason in report.stdout
+
+
 def test_the_report_tells_of_the_restart_and_of_every_tile_of_every_slide(index: Path, killed_run: Path) -> None:
     done = run_directly("report.py", str(killed_run))
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """Networks of every kind of place, set beside a run on the same tiles."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tests.unit.test_evaluate import commit_of, tiny_recipe, two_classes
 
+from histoscale.checkpoint.run_record import INDEX_KEY
 from histoscale.config.archs import ARCHS
 from histoscale.config.decode import dump_recipe, fingerprint
 from histoscale.errors import ModelError
@@ -125,3 +127,12 @@ def test_overlap_is_not_looked_for_where_there_is_nothing_to_look_in(tmp_path: P
     dataset = open_dataset(str(two_classes(tmp_path / "tiles", 10)))
     assert dataset.groups is None
     assert overlap_notes(open_store(tmp_path), dataset) == ()
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[]", b'{"index": "/index"}'])
+def test_a_damaged_record_of_the_index_is_a_note_and_no_end(tmp_path: Path, damage: bytes) -> None:
+    dataset = open_dataset(str(two_classes(tmp_path / "tiles", 10)))
+    store = open_store(tmp_path / "run")
+    store.put(INDEX_KEY, damage)
+    (note,) = overlap_notes(store, replace(dataset, groups=["patient"] * len(dataset)))
+    assert "could not be told: index.json of run" in note

@@ -38,9 +38,7 @@ class IndexProgress:
 
     def line(self) -> str:
         """The progress as a line."""
-        eta = (
-            "" if not self.slides_per_s else f", {self.slides_per_s:.2f} slides/s, {describe_duration(self.eta_s)} left"
-        )
+        rate = f", {self.slides_per_s:.2f} slides/s, {describe_duration(self.eta_s)} left" if self.slides_per_s else ""
         kept = f", {self.reused} unchanged" if self.reused else ""
         lost = f", {self.unreachable} unreachable" if self.unreachable else ""
-        return f"{self.done} of {self.total} slides: {self.accepted} accepted, {self.refused} refused{kept}{lost}{eta}"
+        return f"{self.done} of {self.total} slides: {self.accepted} accepted, {self.refused} refused{kept}{lost}{rate}"
