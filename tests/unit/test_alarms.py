@@ -14,6 +14,7 @@ from histoscale.config.recipe import Recipe
 from histoscale.observe.alarms import (
     COLLAPSE_STEPS,
     COLLAPSED_COSINE,
+    HUGE_UPDATE,
     LARGEST_UPDATE,
     READINGS,
     STARVED_STEPS,
@@ -138,7 +139,10 @@ def test_updates_that_hardly_keep_the_weights_are_a_divergence_from_the_first_st
     curves = healthy(60) | {"optim/update_norm": [2 * LARGEST_UPDATE] * 6}
     [(step, ring)] = rings(DivergenceAlarm(), curves)
     assert (step, ring.since) == ((READINGS - 1) * WATCH_EVERY_STEPS, 0)
-    assert starts(DivergenceAlarm(), healthy(60) | {"optim/update_norm": [1.0, 1.0, 0.001] * 2}) == []
+    twice = [2 * LARGEST_UPDATE, 2 * LARGEST_UPDATE, 0.001]
+    assert starts(DivergenceAlarm(), healthy(60) | {"optim/update_norm": twice * 2}) == []
+    once = healthy(60) | {"optim/update_norm": [2 * HUGE_UPDATE, *[0.001] * 5]}
+    assert [(step, ring.since) for step, ring in rings(DivergenceAlarm(), once)] == [(0, 0)]
 
 
 def test_what_is_away_does_not_become_usual() -> None:

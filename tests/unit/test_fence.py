@@ -157,6 +157,7 @@ class FakeMetrics:
     """A writer of metrics that takes note of how it is closed; a fake."""
 
     useful_s = 0.0
+    last = ()
     published: bool | None = None
 
     def __init__(self, store: Store, start: int) -> None:

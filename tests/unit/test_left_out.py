@@ -15,6 +15,7 @@ from histoscale.checkpoint.reader import latest_commit
 from histoscale.checkpoint.writer import write_checkpoint
 from histoscale.cluster import pretrain as driver
 from histoscale.cluster.worker import _require_planned
+from histoscale.config.running import TrackingSection
 from histoscale.errors import CheckpointError
 from histoscale.storage import open_store
 from histoscale.storage.store import Store
@@ -74,6 +75,8 @@ def run(store: Store, go_on: Any, told: list[str], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(driver, "read_run", lambda store: None)
     monkeypatch.setattr(driver, "resolve_device", lambda cluster, precision: "cpu")
     monkeypatch.setattr(driver, "_go_on", go_on)
-    request = SimpleNamespace(recipe=SimpleNamespace(cluster=None, precision="fp32"), holder="job")
+    request = SimpleNamespace(
+        recipe=SimpleNamespace(cluster=None, precision="fp32", tracking=TrackingSection()), holder="job"
+    )
     checked: Any = SimpleNamespace(store=store, request=request)
     return driver.pretrain(checked, told.append)

@@ -19,19 +19,23 @@ _POLL_S = 1.0
 _PATIENCE_S = 15.0
 
 
-def run_on_a_node(work: Work[T], cpus: int, tell: Tell) -> T:
-    """Run work on a node with so many CPUs, and with a GPU where the cluster has one.
+def run_on_a_node(work: Work[T], cpus: int, tell: Tell, device: str = "auto") -> T:
+    """Run work on a node with so many CPUs, and with a GPU where it is to have one.
 
     Args:
         work: What is run; it is pickled.
         cpus: Of the node.
         tell: Takes a line for people, of the work or on why it has not begun.
+        device: `cpu`, `cuda`, or `auto` for a GPU where the cluster has one.
 
     Raises:
-        ClusterError: No node has so many CPUs, or the node is lost.
+        ClusterError: There is no GPU, or the node is lost.
         HistoscaleError: What the work raises.
     """
-    gpus = 1 if ray.cluster_resources().get("GPU", 0.0) >= 1.0 else 0  # type: ignore[no-untyped-call]
+    has_gpu = ray.cluster_resources().get("GPU", 0.0) >= 1.0  # type: ignore[no-untyped-call]
+    if device == "cuda" and not has_gpu:
+        raise ClusterError("the cluster has no GPU", value="--device cuda", remedy="give --device cpu")
+    gpus = 1 if has_gpu and device != "cpu" else 0
     worker: Any = ray.remote(_Worker).options(num_cpus=cpus, num_gpus=gpus, max_concurrency=2).remote()
     result = worker.run.remote(work, "cuda" if gpus else "cpu")
     started_s, asked, seen, told = time.monotonic(), worker.lines.remote(0), 0, False

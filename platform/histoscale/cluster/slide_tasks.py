@@ -1,23 +1,19 @@
 """Learning from the embeddings of slides, as a task on a node of the cluster that says how far it is."""
 
-import queue
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-import ray
 import torch
 
-from histoscale.cluster.failures import diagnosis_in
+from histoscale.cluster.on_a_node import run_on_a_node
 from histoscale.embeddings.clusters import CLUSTERS, cluster_slides
 from histoscale.embeddings.folder import files_of, read_folder
 from histoscale.embeddings.labels import read_labels
 from histoscale.embeddings.names import SlideNames, read_names, resolver
 from histoscale.embeddings.progress import CountedSteps, Tell
 from histoscale.embeddings.slide_probe import PROBES, ProbePlan, probe_slides
-from histoscale.errors import ClusterError
 from histoscale.slides.archive import read_csv
 from histoscale.storage import join, open_store
 
@@ -49,40 +45,19 @@ def run_task(task: SlideTask, device: str, say: Callable[[str], None]) -> list[s
     """Do a task on a node; gives what it found, in lines.
 
     Args:
-        task: What to do.
+        task: What to do; only what is learnt from labels is learnt on a GPU.
         device: `auto`, `cpu` or `cuda`.
         say: Takes lines on how far it is.
 
     Raises:
-        HistoscaleError: What the task says, or there is no GPU.
+        HistoscaleError: What the task says, the node is lost, or there is no GPU.
     """
-    has_gpu = ray.cluster_resources().get("GPU", 0.0) >= 1.0  # type: ignore[no-untyped-call]
-    if device == "cuda" and not has_gpu:
-        raise ClusterError("the cluster has no GPU", value="--device cuda", remedy="give --device cpu")
-    is_cuda = has_gpu and device != "cpu" and task.labels_uri is not None
-    remote: Any = ray.remote(_lines).options(num_cpus=1, num_gpus=1 if is_cuda else 0, num_returns="streaming")
-    found: list[str] = []
-    try:
-        for ref in remote.remote(task, "cuda" if is_cuda else "cpu"):
-            is_finding, line = ray.get(ref)
-            (found.append if is_finding else say)(line)
-    except ray.exceptions.RayTaskError as error:
-        raise diagnosis_in(error) or error from None
-    return found
+    return run_on_a_node(partial(_on_a_node, task), 1, say, device if task.labels_uri is not None else "cpu")
 
 
-def _lines(task: SlideTask, device: str) -> Iterator[tuple[bool, str]]:
-    """On the node: lines on how far it is, as they come, then those on what was found."""
-    told: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+def _on_a_node(task: SlideTask, device: str, say: Callable[[str], None]) -> list[str]:
     torch.set_num_threads(1)
-    steps = CountedSteps(told.put, time.monotonic)
-    with ThreadPoolExecutor(1) as pool:
-        finding = pool.submit(do_task, task, torch.device(device), steps.tell)
-        finding.add_done_callback(lambda _: told.put(None))
-        while (line := told.get()) is not None:
-            yield False, line
-    for line in finding.result():
-        yield True, line
+    return do_task(task, torch.device(device), CountedSteps(say, time.monotonic).tell)
 
 
 def do_task(task: SlideTask, device: torch.device, tell: Tell) -> list[str]:

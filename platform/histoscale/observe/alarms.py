@@ -20,6 +20,8 @@ STARVATION = "starvation"
 STARVED_SHARE = 0.25
 STARVED_STEPS = 50
 LARGEST_UPDATE = 0.03
+HUGE_UPDATE = 0.1
+"""A share of the weights that no single step may change: 50 times what a healthy quickstart's largest step does."""
 READINGS = 3
 REMEMBERED_STEPS = 2 * (BASELINE_STEPS + RECENT_STEPS)
 """So many steps before a resume tell the alarms what is usual."""
@@ -131,7 +133,7 @@ class DivergenceAlarm:
         away = {name: runaway.update(step, values[name]) for name, runaway in self._watched.items()}
         found = [(name, drift) for name, drift in away.items() if drift is not None]
         self._look_at_update(step, values.get("optim/update_norm"))
-        if len(self._large) >= READINGS:
+        if len(self._large) >= READINGS or self._update > HUGE_UPDATE:
             since = self._large[0]
             what = (
                 f"steps change the weights by more than {LARGEST_UPDATE:.0%} of their length (now {self._update:.1%})"

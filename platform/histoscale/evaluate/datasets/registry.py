@@ -60,7 +60,7 @@ def open_dataset(uri: str, layout: str = AUTO, layouts: Mapping[str, Layout] = L
             )
         return open_table(uri)
     listing = list_place(uri)
-    if not listing.keys:
+    if name == AUTO and not listing.keys:
         raise DatasetError(
             "the place of the dataset does not exist, or is empty",
             value=uri,
