@@ -70,6 +70,8 @@ def kill_the_driver(head: LocalHead) -> None:
             process.kill()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_sweep_that_is_killed_goes_on_and_holds_each_trial_once(head: LocalHead, index: str, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     command = ["python", "jobs/sweep.py", "scaling", "--spec", spec(tmp_path), "--index", index, "--out", str(out)]

@@ -45,14 +45,16 @@ def run_task(task: SlideTask, device: str, say: Callable[[str], None]) -> list[s
     """Do a task on a node; gives what it found, in lines.
 
     Args:
-        task: What to do; only what is learnt from labels is learnt on a GPU.
-        device: `auto`, `cpu` or `cuda`.
+        task: What to do.
+        device: `cpu`, `cuda`, or `auto`, which takes a GPU for what is learnt from labels alone.
         say: Takes lines on how far it is.
 
     Raises:
         HistoscaleError: What the task says, the node is lost, or there is no GPU.
     """
-    return run_on_a_node(partial(_on_a_node, task), 1, say, device if task.labels_uri is not None else "cpu")
+    if device == "auto" and task.labels_uri is None:
+        device = "cpu"
+    return run_on_a_node(partial(_on_a_node, task), 1, say, device)
 
 
 def _on_a_node(task: SlideTask, device: str, say: Callable[[str], None]) -> list[str]:
