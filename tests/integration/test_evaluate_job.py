@@ -127,7 +127,7 @@ def test_a_wait_for_a_node_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     holder = hold.remote()
     said: list[str] = []
     assert run_on_a_node(three_lines, 1, said.append) == "cpu"
-    assert said[0] == "waiting for a node with 1 free CPU; 0 of 1 CPUs are free"
+    assert said[0] == "waiting for a process on a node with 1 free CPU; 0 of 1 CPUs are free"
     ray.get(holder)
 
 

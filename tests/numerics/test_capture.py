@@ -171,7 +171,7 @@ def test_without_its_index_or_run_there_is_no_replay(runs: Path, tmp_path: Path)
     assert "no slide index" in first_error(place(runs, "white"), tmp_path)
     capture = copy_of(runs, tmp_path)
     (tmp_path / "white" / "recipe.yaml").unlink()
-    assert "holds something else than a run" in first_error(capture, runs / "index")
+    assert "is not a run folder" in first_error(capture, runs / "index")
 
 
 def test_a_slide_that_was_withdrawn_since_is_not_read_again(runs: Path, tmp_path: Path) -> None:

@@ -51,6 +51,14 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
         require_run(open_store(tmp_path))
 
 
+def test_the_folder_of_a_quickstart_names_the_run_in_it(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("seed: 0")
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(RunError, match=rf"is not a run folder .*Give {tmp_path}/run"):
+        require_run(open_store(tmp_path))
+
+
 def test_precision_is_settled_once() -> None:
     auto = RECIPE.model_copy(update={"precision": "auto"})
     assert resolve_precision(auto, DEFAULT_PRECISION["cpu"]).precision == "fp32"

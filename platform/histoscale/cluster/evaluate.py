@@ -6,10 +6,11 @@ from functools import partial
 
 import torch
 
+from histoscale.checkpoint.reader import latest_commit
 from histoscale.cluster.job import location
 from histoscale.cluster.on_a_node import Tell, run_on_a_node
 from histoscale.cluster.run_folder import require_run
-from histoscale.errors import RecipeError
+from histoscale.errors import HistoscaleError, RecipeError
 from histoscale.evaluate.assess import EvaluationPlan
 from histoscale.evaluate.comparison import Comparison, keep, overlap_notes
 from histoscale.evaluate.datasets import open_dataset
@@ -17,6 +18,7 @@ from histoscale.evaluate.networks import find_network
 from histoscale.evaluate.suite import Suite, load_suite
 from histoscale.evaluate.suite_run import run_suite
 from histoscale.evaluate.suite_table import suite_table
+from histoscale.observe.run_report import write_report
 from histoscale.storage import join, open_store
 
 
@@ -86,14 +88,25 @@ def _one(request: EvaluateRequest, plan: EvaluationPlan, device: str, tell: Tell
     out, dataset = open_store(request.out), open_dataset(request.dataset, request.layout)
     report = _comparison(request, device, tell).evaluate(dataset, plan, overlap_notes(out, dataset))
     keep(out, report)
-    return [report.table(), f"report: {join(request.out, report.key)}"]
+    return [report.table(), *_reported(request), f"report: {join(request.out, report.key)}"]
 
 
 def _all_of(request: EvaluateRequest, suite: Suite, device: str, tell: Tell) -> list[str]:
     """On the node: all tasks of a suite."""
     comparison = _comparison(request, device, tell)
     report = run_suite(suite, request.dataset, comparison, open_store(request.out), request.seeds, request.cpus)
-    return [*suite_table(suite, report), f"report: {join(request.out, report.key)}"]
+    return [*suite_table(suite, report), *_reported(request), f"report: {join(request.out, report.key)}"]
+
+
+def _reported(request: EvaluateRequest) -> list[str]:
+    """The line on the run's own report, written anew with what was found; that it cannot be is no failure."""
+    if not request.is_run:
+        return []
+    store = open_store(request.subject)
+    try:
+        return [f"run's own report: {write_report(store, require_run(store), latest_commit(store))[0]}"]
+    except HistoscaleError as error:
+        return [f"warning: the run's report was not written: {error}"]
 
 
 def _comparison(request: EvaluateRequest, device: str, tell: Tell) -> Comparison:

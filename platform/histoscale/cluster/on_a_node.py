@@ -49,7 +49,7 @@ def run_on_a_node(work: Work[T], cpus: int, tell: Tell, device: str = "auto") ->
                     tell(line)
                 asked = worker.lines.remote(seen)
             elif not told and time.monotonic() - started_s > _PATIENCE_S:
-                tell(f"waiting for a node with {_words(cpus, gpus)}; {_free()}")
+                tell(_waiting(cpus, gpus))
                 told = True
             if ended:
                 for line in ray.get(worker.lines.remote(seen)):
@@ -87,13 +87,9 @@ class _Worker(Generic[T]):
             self._lines.append(line)
 
 
-def _words(cpus: int, gpus: int) -> str:
-    return f"{cpus} free CPU{'s' if cpus > 1 else ''}" + (" and a free GPU" if gpus else "")
-
-
-def _free() -> str:
-    """What of the cluster is free, in words."""
+def _waiting(cpus: int, gpus: int) -> str:
+    """Why nothing is heard of the work yet."""
     total, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
-    return ", ".join(
-        f"{free.get(name, 0):g} of {total[name]:g} {name}s are free" for name in ("CPU", "GPU") if name in total
-    )
+    wanted = f"{cpus} free CPU{'s' if cpus > 1 else ''}" + (" and a free GPU" if gpus else "")
+    said = [f"{free.get(name, 0):g} of {total[name]:g} {name}s are free" for name in ("CPU", "GPU") if name in total]
+    return f"waiting for a process on a node with {wanted}; {', '.join(said)}"

@@ -11,6 +11,7 @@ from histoscale.config.recipe import Recipe
 from histoscale.errors import RunError
 from histoscale.storage import Store
 
+QUICKSTART_RUN = "run"  # in the --out of jobs/quickstart.py
 DEFAULT_PRECISION = {"cuda": "bf16", "cpu": "fp32"}
 _MAY_COME_FIRST = {"lease.json", INDEX_KEY, ORIGINS_KEY, PARENT_KEY}
 
@@ -47,12 +48,13 @@ def require_run(store: Store) -> Recipe:
     Raises:
         RunError: There is none.
     """
-    recipe = read_run(store)
+    recipe = read_run(store) if store.exists(RECIPE_KEY) else None
     if recipe is None:
+        inside = store.exists(f"{QUICKSTART_RUN}/{RECIPE_KEY}")
         raise RunError(
             f"{store.uri} is not a run folder",
             expected="the --out of jobs/pretrain.py",
-            remedy="start a run there first, or correct the path",
+            remedy=f"give {store.uri}/{QUICKSTART_RUN}" if inside else "start a run there first, or correct the path",
         )
     return recipe
 

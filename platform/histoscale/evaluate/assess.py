@@ -158,7 +158,7 @@ def _robustness(
 
 
 def _division(truth: Truth, splits: int) -> str:
-    over = "tiles" if truth.groups is None else f"{len(np.unique(truth.groups))} groups"
+    over = "tiles, whose patients are not known" if truth.groups is None else f"{len(np.unique(truth.groups))} groups"
     if truth.parts is not None:
         return f"the dataset's own split of {over}"
     return f"{splits} stratified split{'s' if splits > 1 else ''} of {over}"

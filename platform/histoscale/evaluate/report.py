@@ -101,7 +101,8 @@ class EvaluationReport:
                 f"{self.dataset}: {tiles} tiles in {classes} classes, chance {1.0 / classes:.1%}; step {self.step}",
                 *figures_table(self.figures, self.gains),
                 *robustness_table(self.robustness),
-                f"balanced accuracy and gains in percent, with 95 % intervals; {self.division}",
+                "balanced accuracy and gains in percent, with 95 % intervals",
+                *textwrap.wrap(f"measured on {self.division}", WIDTH),
                 *(line for note in self.notes for line in textwrap.wrap(note, WIDTH)),
             ]
         )
