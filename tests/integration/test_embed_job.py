@@ -6,9 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import ray
 import torch
 from tests.unit.embeddings_on_disk import exported_network, indexed
 
@@ -41,27 +39,6 @@ from histoscale.storage import open_store
 
 ROOT = Path(__file__).parents[2]
 FORCE = Workforce(readers=1, embedders=1, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def cluster(s3_server: Any) -> Iterator[None]:
-    """A cluster of two CPUs whose processes have the credentials of the S3 server."""
-    folder = tempfile.mkdtemp(prefix="hse", dir="/tmp")
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {**s3_server.environment(), "RAY_AUTH_MODE": "disabled"}.items():
-            environment.setenv(name, value)
-        ray.init(
-            address="local",
-            num_cpus=2,
-            _temp_dir=folder,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            object_store_memory=2**28,
-        )
-        yield
-        ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import tifffile
 
 from histoscale.errors import SlideIndexError, StorageError
@@ -32,27 +31,6 @@ RECORD_NUMBER = "MRN-4711-0815"
 KEY = bytes(range(32))
 SVS = f"{RECORD_NUMBER}.svs"
 DICOM = f"{RECORD_NUMBER}-dicom"
-
-
-@pytest.fixture(scope="module")
-def cluster(s3_server: Any) -> Iterator[None]:
-    """A cluster of two CPUs whose processes have the credentials of the S3 server."""
-    folder = tempfile.mkdtemp(prefix="hsi", dir="/tmp")
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {**s3_server.environment(), "RAY_AUTH_MODE": "disabled"}.items():
-            environment.setenv(name, value)
-        ray.init(
-            address="local",
-            num_cpus=2,
-            _temp_dir=folder,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            object_store_memory=2**28,
-        )
-        yield
-        ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tifffile
 import torch
+from tests.small_archive import grey_squares, write_small_archive
 
 from histoscale.checkpoint.fragments import EMA, MASTER, Fragment
 from histoscale.checkpoint.ledger import StepRecord
@@ -15,12 +14,7 @@ from histoscale.config.decode import decode_recipe, fingerprint
 from histoscale.config.recipe import Recipe
 from histoscale.models import build_ssl_net
 from histoscale.slides.catalogue import open_catalogue
-from histoscale.slides.index import make_index, write_index
-from histoscale.slides.records import SlideLocation, SlideRecord
-from histoscale.slides.table_cache import TableCache
-from histoscale.slides.tiled import open_tiled
 from histoscale.storage import Store, open_store
-from histoscale.storage.ranges import open_ranges
 from histoscale.stream.faults import Fault
 
 TILES, STEPS = 8, 12
@@ -51,37 +45,9 @@ def recipe_of(**evaluation: Any) -> Recipe:
 
 def write_slides(folder: Path) -> str:
     """Four slides of noise at 0.5 um/px with their index; gives the index."""
-    (folder / "slides").mkdir(parents=True)
-    for number in range(len(IDS)):
-        coarse = np.random.default_rng(number).integers(40, 230, (60, 60, 3)).astype(np.uint8)
-        pixels = np.kron(coarse, np.ones((16, 16, 1), np.uint8))
-        tifffile.imwrite(
-            folder / "slides" / f"Mustermann-{number}.tif",
-            pixels,
-            tile=(128, 128),
-            compression="deflate",
-            photometric="rgb",
-            resolution=(20_000, 20_000),
-            resolutionunit="CENTIMETER",
-        )
-    source, tables = open_store(folder / "slides", private=True), TableCache()
-    ranges = open_ranges(source.uri)
-    records, locations = [], {}
-    for name, site, info in zip(IDS, SITES, source.list(), strict=True):
-        slide = open_tiled([info], ranges, tables)
-        assert slide is not None
-        records.append(
-            SlideRecord(
-                name,
-                *("generic-tiff", 960, 960, 0.5, "tiff", info.size_bytes, (1.0,), np.ones((60, 60), bool), 16.0),
-                layout=slide.layout.to_bytes(),
-                strata=(site,),
-            )
-        )
-        locations[name] = SlideLocation(source.uri, (info,), None)
-    index = open_store(folder / "index")
-    write_index(index, make_index(records, (), ("site",)), locations)
-    return index.uri
+    slides = [grey_squares(number, 40, 230, (960, 960)) for number in range(len(IDS))]
+    write_small_archive(folder, slides, "Mustermann", IDS, ("site",), [(site,) for site in SITES])
+    return open_store(folder / "index").uri
 
 
 def begin(folder: Path, index_uri: str) -> Store:
