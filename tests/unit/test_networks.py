@@ -17,7 +17,7 @@ from histoscale.evaluate import comparison as comparison_module
 from histoscale.evaluate import networks as networks_module
 from histoscale.evaluate.assess import EvaluationPlan
 from histoscale.evaluate.backbone import initial_backbone
-from histoscale.evaluate.comparison import Comparison, evaluate_run, overlap_notes
+from histoscale.evaluate.comparison import Comparison, evaluate_into, overlap_notes
 from histoscale.evaluate.datasets import open_dataset
 from histoscale.evaluate.figures import COLOUR, PRETRAINED, UNTRAINED
 from histoscale.evaluate.networks import PUBLISHED_PX, Network, find_network, require_names, untrained_like
@@ -100,7 +100,8 @@ def test_networks_beside_are_asked_about_the_same_tiles_and_have_gains(
     tiles = str(two_classes(tmp_path / "tiles", 10))
     beside = [find_network(f"vit_test14={weights_file(tmp_path / 'theirs.safetensors')}"), named("zeros")]
     store = open_store(tmp_path / "run")
-    report = evaluate_run(store, recipe, tiles, CPU, EvaluationPlan(("knn",)), beside=beside)
+    comparison = Comparison.of_run(store, recipe, CPU, beside)
+    report = evaluate_into(store, comparison, open_dataset(tiles), EvaluationPlan(("knn",)))
     assert decode(store.get(report.key)) == report == decode(encode(report))
     assert [gain.baseline for gain in report.gains if gain.metric == "accuracy"] == [
         UNTRAINED, "theirs", "zeros", COLOUR,

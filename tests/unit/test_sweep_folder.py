@@ -15,7 +15,8 @@ from histoscale.sweeps import one_trial
 from histoscale.sweeps.driver import waves
 from histoscale.sweeps.folder import SPEC, SweepFolder, in_order
 from histoscale.sweeps.job import _teacher_scores
-from histoscale.sweeps.one_trial import Judged, TrialTask, run_trial
+from histoscale.sweeps.judge import Judged
+from histoscale.sweeps.one_trial import TrialTask, run_trial
 from histoscale.sweeps.rows import from_json, row_of, to_json
 from histoscale.sweeps.spec import EvaluationSpec, Resources, ScalingSpec
 from histoscale.sweeps.trial import Origin, Trial

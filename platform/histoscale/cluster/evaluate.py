@@ -12,7 +12,7 @@ from histoscale.cluster.on_a_node import Tell, run_on_a_node
 from histoscale.cluster.run_folder import require_run
 from histoscale.errors import HistoscaleError, RecipeError
 from histoscale.evaluate.assess import EvaluationPlan
-from histoscale.evaluate.comparison import Comparison, keep, overlap_notes
+from histoscale.evaluate.comparison import Comparison, evaluate_into
 from histoscale.evaluate.datasets import open_dataset
 from histoscale.evaluate.networks import find_network
 from histoscale.evaluate.suite import Suite, load_suite
@@ -86,8 +86,7 @@ def evaluate(request: EvaluateRequest, connect: Callable[[], None], tell: Tell) 
 def _one(request: EvaluateRequest, plan: EvaluationPlan, device: str, tell: Tell) -> list[str]:
     """On the node: one dataset."""
     out, dataset = open_store(request.out), open_dataset(request.dataset, request.layout)
-    report = _comparison(request, device, tell).evaluate(dataset, plan, overlap_notes(out, dataset))
-    keep(out, report)
+    report = evaluate_into(out, _comparison(request, device, tell), dataset, plan)
     return [report.table(), *_reported(request), f"report: {join(request.out, report.key)}"]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -11,12 +12,12 @@ from histoscale.errors import DatasetError, RunError, SlideIndexError, StorageEr
 from histoscale.evaluate.assess import EvaluationPlan, Truth, assess
 from histoscale.evaluate.backbone import initial_backbone, trained_backbone
 from histoscale.evaluate.baselines import colour_statistics
-from histoscale.evaluate.datasets import AUTO, LabelledTiles, open_dataset
+from histoscale.evaluate.datasets import LabelledTiles, open_dataset
 from histoscale.evaluate.embed import Embedder
 from histoscale.evaluate.features import Extractor, extract
 from histoscale.evaluate.figures import COLOUR, PRETRAINED, UNTRAINED
 from histoscale.evaluate.networks import Network, require_names, untrained_like
-from histoscale.evaluate.overlap import find_overlap, training_names
+from histoscale.evaluate.overlap import TrainingNames, find_overlap, training_names
 from histoscale.evaluate.progress import Tell, silent
 from histoscale.evaluate.report import EvaluationReport, encode, note_best
 from histoscale.models import VisionTransformer
@@ -113,17 +114,9 @@ class Comparison:
 
 
 def evaluate_run(
-    run_store: Store,
-    recipe: Recipe,
-    dataset_uri: str,
-    device: torch.device,
-    plan: EvaluationPlan,
-    layout: str = AUTO,
-    beside: Sequence[Network] = (),
+    run_store: Store, recipe: Recipe, dataset_uri: str, device: torch.device, plan: EvaluationPlan
 ) -> EvaluationReport:
-    """Probe the newest checkpoint of a run on a labelled dataset, and write the report into the run folder.
-
-    Where it is the best so far on its dataset, its checkpoint stays; see `note_best`.
+    """Probe the newest checkpoint of a run on a labelled dataset; see `evaluate_into`.
 
     Args:
         run_store: The run folder.
@@ -131,30 +124,31 @@ def evaluate_run(
         dataset_uri: The dataset.
         device: Where the networks look at it.
         plan: What is measured.
-        layout: Of the dataset; see `open_dataset`.
-        beside: Networks to set it beside.
 
     Raises:
         DatasetError: The dataset is incomplete, cannot be divided, or holds tiles that cannot be read.
         CheckpointError: The run has no usable checkpoint.
-        ModelError: Two networks have one name.
     """
-    dataset = open_dataset(dataset_uri, layout)
-    comparison = Comparison.of_run(run_store, recipe, device, beside)
-    report = comparison.evaluate(dataset, plan, overlap_notes(run_store, dataset))
-    keep(run_store, report)
-    return report
+    dataset = open_dataset(dataset_uri)
+    return evaluate_into(run_store, Comparison.of_run(run_store, recipe, device), dataset, plan)
 
 
-def keep(run_store: Store, report: EvaluationReport) -> None:
-    """Write a report into the folder of its run.
+def evaluate_into(
+    store: Store, comparison: Comparison, dataset: LabelledTiles, plan: EvaluationPlan
+) -> EvaluationReport:
+    """Measure, and write the report into a run folder, or into another.
+
+    Where it is the best so far on its dataset, its checkpoint stays; see `note_best`.
 
     Raises:
+        DatasetError: The dataset cannot be divided, or holds tiles that cannot be read.
         CheckpointError: The note of the best step is damaged.
-        StorageError: It cannot be written.
+        StorageError: The report cannot be written.
     """
-    run_store.put(report.key, encode(report))
-    note_best(run_store, report)
+    report = comparison.evaluate(dataset, plan, overlap_notes(store, dataset))
+    store.put(report.key, encode(report))
+    note_best(store, report)
+    return report
 
 
 def overlap_notes(run_store: Store, dataset: LabelledTiles) -> tuple[str, ...]:
@@ -169,9 +163,15 @@ def overlap_notes(run_store: Store, dataset: LabelledTiles) -> tuple[str, ...]:
         if index is None:
             return ()
         uri, snapshot_id = index
-        overlap = find_overlap(training_names(open_store(uri), snapshot_id), dataset)
+        overlap = find_overlap(_names_of(uri, snapshot_id), dataset)
     except (RunError, StorageError, SlideIndexError, DatasetError) as error:
         return (f"whether training has seen slides of this dataset could not be told: {error}",)
     if not overlap.shared:
         return ()
     return (f"training has seen slides of this dataset, so its figures flatter the network: {overlap}",)
+
+
+@lru_cache(maxsize=1)
+def _names_of(index_uri: str, snapshot_id: str) -> TrainingNames:
+    """Of a snapshot, which never changes; a suite asks for them once for each task, and they may be millions."""
+    return training_names(open_store(index_uri), snapshot_id)

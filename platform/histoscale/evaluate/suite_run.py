@@ -7,7 +7,7 @@ from functools import partial
 
 from histoscale.errors import DatasetError
 from histoscale.evaluate.assess import EvaluationPlan
-from histoscale.evaluate.comparison import Comparison, keep, overlap_notes
+from histoscale.evaluate.comparison import Comparison, evaluate_into
 from histoscale.evaluate.datasets import AUTO, open_dataset, open_hest
 from histoscale.evaluate.embed import BOTH, CLS
 from histoscale.evaluate.expression import score_expression
@@ -183,8 +183,7 @@ def _classes(
     """Scores of a task with classes; its whole report is kept, under a name that no other evaluation has."""
     dataset = replace(open_dataset(uri, task.layout or AUTO), name=f"{suite.name}.{task.name}")
     wanted = EvaluationPlan((task.protocol,), tuple(EMBEDDINGS.values()), plan.seeds)
-    report = comparison.evaluate(dataset, wanted, overlap_notes(store, dataset))
-    keep(store, report)
+    report = evaluate_into(store, comparison, dataset, wanted)
     return [
         Score(task.name, figure.features, embedding, figure.mean, *figure.interval)
         for figure in report.figures

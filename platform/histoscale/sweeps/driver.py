@@ -17,8 +17,8 @@ from ray import tune
 from histoscale.errors import SweepError
 from histoscale.storage import open_store
 from histoscale.sweeps.folder import SweepFolder
-from histoscale.sweeps.one_trial import TrialTask, lost, run_trial
-from histoscale.sweeps.rows import TrialRow
+from histoscale.sweeps.one_trial import TrialTask, run_trial
+from histoscale.sweeps.rows import TrialRow, row_of
 from histoscale.sweeps.spec import EvaluationSpec, Resources
 from histoscale.sweeps.trial import Trial
 from histoscale.units import describe_duration
@@ -79,7 +79,8 @@ def run_trials(setting: Setting, trials: Sequence[Trial], tell: Tell) -> dict[st
         ended = folder.results()
         for trial in wave:
             if trial.name not in ended:
-                folder.keep(lost(trial, "its process failed again and again: see logs/ in the folder of the sweep"))
+                why = "its process failed again and again: see logs/ in the folder of the sweep"
+                folder.keep(row_of(trial, reason=why))
     return folder.results()
 
 
@@ -160,9 +161,10 @@ class _Progress(tune.Callback):
         name, result = _name_of(trial), trial.last_result
         self._left.discard(name)
         self._done_flops += self._flops[name]
-        what = f"failed: {result['reason']}" if result.get("reason") else f"error {result[_ERROR]:.3f}"
-        if math.isnan(result[_ERROR]) and not result.get("reason"):
-            what = "done"
+        if result["reason"]:
+            what = f"failed: {result['reason']}"
+        else:
+            what = "done" if math.isnan(result[_ERROR]) else f"error {result[_ERROR]:.3f}"
         self._tell(f"{name}: {what}; {self._rest()}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002 - Tune's

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,17 +14,14 @@ from histoscale.cluster.on_a_node import run_on_a_node
 from histoscale.config.decode import decode_recipe, read_yaml
 from histoscale.config.recipe import Recipe
 from histoscale.errors import RecipeError, SweepError
-from histoscale.evaluate.assess import EvaluationPlan
 from histoscale.evaluate.comparison import Comparison
 from histoscale.evaluate.datasets import open_dataset
-from histoscale.evaluate.embed import Embedder
-from histoscale.evaluate.figures import PRETRAINED
 from histoscale.evaluate.networks import find_network
 from histoscale.storage.json_object import read_json
 from histoscale.sweeps.driver import Setting, run_trials
 from histoscale.sweeps.folder import SweepFolder, in_order
 from histoscale.sweeps.hparams import write_hparams
-from histoscale.sweeps.one_trial import latency_ms
+from histoscale.sweeps.judge import judge
 from histoscale.sweeps.report import scaling_page
 from histoscale.sweeps.report_students import distillation_page
 from histoscale.sweeps.retention import TeacherScores, analyse_distillation
@@ -38,11 +35,10 @@ from histoscale.sweeps.search import (
     scaling_build,
     search_trial,
 )
-from histoscale.sweeps.spec import EvaluationSpec, SweepSpec, load_distillation, load_scaling
+from histoscale.sweeps.spec import EvaluationSpec, ScalingSpec, SweepSpec, load_distillation, load_scaling
 from histoscale.sweeps.students import distillation_trials
 from histoscale.sweeps.trial import Trial, trial_lines
 from histoscale.sweeps.trials import scaling_trials
-from histoscale.train.memory import backbone_parameters
 from histoscale.train.teacher_source import find_teacher, taught_by
 
 Tell = Callable[[str], None]
@@ -186,7 +182,7 @@ def _publish(
 ) -> str:
     name, created = PurePosixPath(folder.store.uri).name, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     if teacher is None:
-        scaling = analyse_scaling(load_scaling(planned.request.spec_file), rows)
+        scaling = analyse_scaling(cast(ScalingSpec, planned.spec), rows)  # a distillation has a teacher
         sentence, page = scaling.sentence, scaling_page(scaling, rows, name, created)
     else:
         students = analyse_distillation(rows, teacher)
@@ -217,12 +213,6 @@ def _judge_teacher(place: str, evaluation: EvaluationSpec, device: str, say: Tel
     """On a node."""
     network = find_network(place)
     comparison = Comparison.of_network(network, torch.device(device), tell=say)
-    plan = EvaluationPlan((evaluation.probe,), (evaluation.embedding,))
-    scores, chance = {}, {}
-    for name, uri in evaluation.datasets.items():
-        report = comparison.evaluate(open_dataset(uri), plan)
-        scores[name] = report.figure(PRETRAINED, evaluation.probe).mean
-        chance[name] = 1.0 / len(report.counts)
-    embed = Embedder(network.backbone, network.image_px, torch.device(device))
-    parameters = backbone_parameters(network.arch, network.image_px, qk_norm=False)
-    return TeacherScores(network.name, parameters, latency_ms(embed, network.image_px), scores, chance)
+    judged = judge(comparison, evaluation, comparison.evaluate)
+    parameters = sum(parameter.numel() for parameter in network.backbone.parameters())
+    return TeacherScores(network.name, parameters, judged.latency_ms, judged.scores, judged.chance)

@@ -4,10 +4,10 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
@@ -16,20 +16,16 @@ from histoscale.cluster.fork import ForkSource
 from histoscale.cluster.pretrain import PretrainRequest, check_request, pretrain
 from histoscale.cluster.run_folder import committed_step, require_run
 from histoscale.errors import HistoscaleError, SweepError
-from histoscale.evaluate.assess import EvaluationPlan
-from histoscale.evaluate.backbone import trained_backbone
-from histoscale.evaluate.comparison import evaluate_run
-from histoscale.evaluate.embed import Embedder
-from histoscale.evaluate.figures import PRETRAINED
+from histoscale.evaluate.comparison import Comparison, evaluate_into
 from histoscale.observe.metrics import read_metrics
 from histoscale.storage import open_store
 from histoscale.sweeps.folder import SweepFolder
+from histoscale.sweeps.judge import Judged, judge
 from histoscale.sweeps.rows import TrialRow, row_of
 from histoscale.sweeps.spec import EvaluationSpec, Resources
 from histoscale.sweeps.trial import Trial
 
 _LAST_SHARE = 0.05  # of a run's steps: its loss at the end is their mean
-_TIMED, _WARM = 20, 3
 _LOG_EVERY_S = 10.0
 
 
@@ -52,15 +48,6 @@ class TrialTask:
     evaluation: EvaluationSpec
     resources: Resources
     holder: str
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What was measured of a run that is complete; see `TrialRow`."""
-
-    scores: dict[str, float]
-    chance: dict[str, float]
-    latency_ms: float | None
 
 
 def run_trial(task: TrialTask) -> TrialRow:
@@ -110,17 +97,6 @@ def last_loss(task: TrialTask, folder: SweepFolder) -> float | None:
     return mean if math.isfinite(mean) else None
 
 
-def latency_ms(embed: Callable[[list[np.ndarray]], object], image_px: int) -> float:
-    """Median time of one tile through a backbone, in milliseconds."""
-    tile = np.zeros((image_px, image_px, 3), dtype=np.uint8)
-    times_s = []
-    for _ in range(_WARM + _TIMED):
-        begun_s = time.perf_counter()
-        embed([tile])
-        times_s.append(time.perf_counter() - begun_s)
-    return 1e3 * statistics.median(times_s[_WARM:])
-
-
 def _train(task: TrialTask, folder: SweepFolder, tell: Callable[[str], None]) -> None:
     trial = task.trial
     parent = ForkSource(folder.run_uri(trial.parent.trial), trial.parent.step) if trial.parent else None
@@ -152,19 +128,10 @@ def _judge(task: TrialTask, folder: SweepFolder) -> Judged:
 
 def _judge_here(task: TrialTask, folder: SweepFolder) -> Judged:
     torch.set_num_threads(task.resources.cpus)
+    store = open_store(folder.run_uri(task.trial.name))
     device = torch.device("cuda" if task.resources.gpus else "cpu")
-    store, evaluation = open_store(folder.run_uri(task.trial.name)), task.evaluation
-    recipe = require_run(store)
-    plan = EvaluationPlan((evaluation.probe,), (evaluation.embedding,))
-    scores, chance = {}, {}
-    for name, uri in evaluation.datasets.items():
-        report = evaluate_run(store, recipe, uri, device, plan)
-        scores[name] = report.figure(PRETRAINED, evaluation.probe).mean
-        chance[name] = 1.0 / len(report.counts)
-    backbone, _ = trained_backbone(store, recipe)
-    return Judged(
-        scores, chance, latency_ms(Embedder(backbone, recipe.crops.global_px, device), recipe.crops.global_px)
-    )
+    comparison = Comparison.of_run(store, require_run(store), device)
+    return judge(comparison, task.evaluation, partial(evaluate_into, store, comparison))
 
 
 class _Log:
@@ -183,8 +150,3 @@ class _Log:
 
     def write(self) -> None:
         self._write(self._lines)
-
-
-def lost(trial: Trial, why: str) -> TrialRow:
-    """The row of a trial whose process failed again and again."""
-    return replace(row_of(trial), reason=why)
