@@ -148,11 +148,12 @@ class _Progress(tune.Callback):
     def __init__(self, trials: Sequence[Trial], ended: Mapping[str, TrialRow], tell: Tell) -> None:
         self._flops = {trial.name: trial.cost.flops for trial in trials}
         self._left = {trial.name for trial in trials} - set(ended)
+        before = len(trials) - len(self._left)
         self._tell = tell
         self._begun_s = time.monotonic()
         self._done_flops = 0.0
-        if ended:
-            tell(f"{len(ended)} of {len(trials)} trials have ended before")
+        if before and self._left:
+            tell(f"{before} of {len(trials)} trials have ended before")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401, ARG002 - Tune's
         self._tell(f"begins: {_name_of(trial)}")

@@ -11,7 +11,8 @@ from histoscale.storage.json_object import read_json
 from histoscale.sweeps.rows import TrialRow, from_json, to_csv, to_json, to_parquet
 from histoscale.sweeps.trial import Trial
 
-SPEC, REPORT, CSV, PARQUET = "sweep.json", "report.html", "trials.csv", "trials.parquet"
+SPEC, SUGGESTIONS, REPORT = "sweep.json", "suggestions.json", "report.html"
+CSV, PARQUET = "trials.csv", "trials.parquet"
 _TRIALS, _RESULTS, _LOGS = "trials", "results", "logs"
 
 
@@ -80,6 +81,28 @@ class SweepFolder:
     def keep(self, row: TrialRow) -> None:
         """Record that a trial has ended."""
         self.store.put(f"{_RESULTS}/{row.name}.json", to_json(row))
+
+    def suggestions(self) -> list[dict[str, Any]]:
+        """What a search has tried or is trying, in order: field -> value of each.
+
+        Raises:
+            SweepError: The record is damaged.
+        """
+        if not self.store.exists(SUGGESTIONS):
+            return []
+        return read_json(
+            self.store,
+            SUGGESTIONS,
+            lambda values: [dict(each) for each in values["suggestions"]],
+            kind=SweepError,
+            what=f"{SUGGESTIONS} of sweep {self.store.uri} is damaged",
+            expected="what the search wrote",
+            remedy=f"restore {SUGGESTIONS}, or begin the sweep in another folder",
+        )
+
+    def keep_suggestions(self, suggestions: Sequence[Mapping[str, Any]]) -> None:
+        """Record them before any of them is tried: a trial that is interrupted goes on as what it was."""
+        self.store.put(SUGGESTIONS, json.dumps({"suggestions": suggestions}, indent=1).encode())
 
     def log(self, trial: str, lines: Sequence[str]) -> None:
         """Write what a trial has told."""

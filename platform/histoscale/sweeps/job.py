@@ -29,6 +29,7 @@ from histoscale.sweeps.rows import TrialRow
 from histoscale.sweeps.scaling import analyse_scaling
 from histoscale.sweeps.search import (
     Build,
+    Suggestion,
     distillation_build,
     finalists,
     require_searchable,
@@ -164,15 +165,16 @@ def _search(planned: PlannedSweep, tell: Tell) -> list[TrialRow]:
         return []
     from histoscale.sweeps.suggest import suggest  # Optuna is loaded for a search alone
 
-    found = [row for row in setting.folder.results().values() if row.role == "search"]
-    while len(found) < search.trials:
-        count = min(spec.resources.max_concurrent, search.trials - len(found))
-        suggestions = suggest(search, found, spec.evaluation.target, count, spec.seeds[0])
-        trials = [
-            search_trial(planned.build, suggestion, len(found) + number, spec.seeds[0])
-            for number, suggestion in enumerate(suggestions)
-        ]
-        found += in_order(trials, run_trials(setting, trials, tell))
+    folder, seed = setting.folder, spec.seeds[0]
+    suggestions: list[Suggestion] = [*folder.suggestions()]
+    while True:
+        trials = [search_trial(planned.build, each, number, seed) for number, each in enumerate(suggestions)]
+        found = in_order(trials, run_trials(setting, trials, tell))  # those that a kill has left first
+        count = min(spec.resources.max_concurrent, search.trials - len(suggestions))
+        if count <= 0:
+            break
+        suggestions += suggest(search, found, spec.evaluation.target, count, seed)
+        folder.keep_suggestions(suggestions)
     best = finalists(search, planned.build, found, spec.evaluation.target)
     return found + in_order(best, run_trials(setting, best, tell))
 

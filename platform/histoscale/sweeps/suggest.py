@@ -1,6 +1,6 @@
 """Optuna at the edge: the next suggestions of a search, from the rows of those that have ended.
 
-Optuna keeps no state of its own between calls: the same rows give the same suggestions, whatever was killed.
+Optuna keeps no state of its own between calls: the same rows give the same suggestions.
 """
 
 import json
